@@ -1,0 +1,1 @@
+"""What a serving worker runs, and what worker and trainer share."""

@@ -1,0 +1,414 @@
+"""One typed settings object, read once from a TOML file and the environment, validated at the edge.
+
+Guarantees: a setting that is unknown, of the wrong type or out of range stops the program with its name, its
+value and what would be accepted; references between settings (a memory's field, a task's modality) are checked
+too. Every setting can be overridden by an environment variable: the path in capitals, its parts joined by two
+underscores, after `LIVESTATE_` (`LIVESTATE_KAFKA__BOOTSTRAP_SERVERS`).
+
+Not guaranteed: that a broker or a directory named here exists; whoever opens them says so.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from stream.errors import SettingsError
+
+__all__ = [
+    "Field",
+    "Kafka",
+    "Limits",
+    "Memory",
+    "Modality",
+    "Model",
+    "Pretrain",
+    "Settings",
+    "Store",
+    "Task",
+    "Topics",
+    "Trainer",
+    "Where",
+    "Worker",
+    "load",
+    "parse",
+]
+
+ENVIRONMENT_PREFIX = "LIVESTATE_"
+
+Count = Annotated[int, Meta(ge=1)]
+Natural = Annotated[int, Meta(ge=0)]
+Seconds = Annotated[float, Meta(gt=0)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,62}$")]
+TopicName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,249}$")]
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A table of the settings file; unknown names in it are refused."""
+
+
+class Kafka(_Section, frozen=True):
+    """How to reach the broker."""
+
+    bootstrap_servers: str = "127.0.0.1:9092"
+    #: One consumer group for the workers and one for the trainer are named after it.
+    group: TopicName = "livestate"
+    session_timeout_s: Annotated[float, Meta(ge=1, le=300)] = 15.0
+    #: Codec of what workers and trainer write.
+    compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = "lz4"
+
+
+class Topics(_Section, frozen=True):
+    """Names and shape of the topics. The first four share the number of partitions and the partitioner."""
+
+    events: TopicName = "events"
+    feedback: TopicName = "feedback"
+    embeddings: TopicName = "embeddings"
+    changelog: TopicName = "changelog"
+    parameters: TopicName = "parameters"
+    dead_letters: TopicName = "dead-letters"
+    partitions: Annotated[int, Meta(ge=1, le=10_000)] = 4
+    replication: Count = 1
+    #: How a record without a `content-type` header is read.
+    format: Literal["msgpack", "json"] = "msgpack"
+
+
+class Limits(_Section, frozen=True):
+    """Bounds on what publishers may send."""
+
+    record_bytes: Annotated[int, Meta(ge=64, le=64 * 1024 * 1024)] = 1_048_576
+    client_id_bytes: Annotated[int, Meta(ge=1, le=1024)] = 256
+    #: An event may lie this far after its record's own Kafka timestamp. Measured against the record and not the
+    #: clock on the wall, so that a replay accepts exactly what the first pass accepted.
+    max_skew_s: Seconds = 3600.0
+
+
+class Field(_Section, frozen=True):
+    """One field of a modality's events.
+
+    `category`: text, an integer or a boolean, compared as text. `number`: finite, within `min` and `max`.
+    `text`: validated and kept out of the model.
+    """
+
+    type: Literal["category", "number", "text"]
+    required: bool = True
+    max_bytes: Annotated[int, Meta(ge=1, le=65_536)] = 64
+    min: float | None = None
+    max: float | None = None
+    #: category: width of its learned embedding in the encoder; 0 leaves it out.
+    embedding: Annotated[int, Meta(ge=0, le=256)] = 0
+    #: category: a value gets a row of its own in the trunk from this many occurrences in the pretraining data.
+    min_count: Count = 20
+    #: category: the closed list of values that `by` memories keep a slot for (any other value uses the last slot).
+    values: list[str] = []
+    #: number: whether the encoder reads it, after a signed logarithm and scaling.
+    encode: bool = True
+
+
+class Modality(_Section, frozen=True):
+    """One kind of event."""
+
+    fields: dict[Name, Field] = {}
+
+
+class Where(_Section, frozen=True):
+    """A condition on one field of the event: exactly one of `above`, `below`, `equals`."""
+
+    field: Name
+    above: float | None = None
+    below: float | None = None
+    equals: str | None = None
+
+
+class Memory(_Section, frozen=True):
+    """One statistic that every row keeps about its client, updated with each event of `modality`.
+
+    kind `count`: events; `sum`: a number field; `visits`: events that come more than `gap_s` after the previous
+    one of the modality; `last_time`: when it last happened; `sketch`: sum of fixed random sign codes of a
+    category field, `dimensions` wide. `half_life_s` makes count, sum, visits and sketch decay; `by` keeps one
+    slot for every declared value of a category field and one for all others.
+    """
+
+    name: Name
+    modality: Name
+    kind: Literal["count", "sum", "visits", "last_time", "sketch"]
+    field: Name | None = None
+    by: Name | None = None
+    half_life_s: Seconds | None = None
+    where: Where | None = None
+    gap_s: Annotated[float, Meta(ge=0)] = 0.0
+    dimensions: Annotated[int, Meta(ge=1, le=64)] = 32
+
+
+class Model(_Section, frozen=True):
+    """The trunk: encoder and recurrent cell."""
+
+    hidden: Annotated[int, Meta(ge=8, le=2048)] = 64
+    seed: Natural = 0
+    #: What the embeddings topic and HTTP serve: the hidden state, or the hidden state and the memory's readout.
+    vector: Literal["hidden", "features"] = "hidden"
+
+
+class Task(_Section, frozen=True):
+    """One thing to predict. A prediction is made at every event of modality `on`."""
+
+    on: Name
+    kind: Literal["binary"] = "binary"
+    head: Literal["logistic"] = "logistic"
+    #: Prior variance of each weight of the Bayesian logistic head (inputs are standardised).
+    prior_variance: Annotated[float, Meta(gt=0, le=100)] = 0.01
+    #: Standardise inputs by this many first examples, labelled or not; nothing is learned before.
+    standardise_after: Annotated[int, Meta(ge=2)] = 500
+    #: Fields of `on` that the head sees: numbers, and categories with declared `values` (one input each).
+    inputs: list[Name] = []
+    #: Examples whose feedback has not come are forgotten after this long, in event time.
+    feedback_ttl_s: Seconds = 180 * 86400.0
+
+
+class Store(_Section, frozen=True):
+    """The embedding store of each partition."""
+
+    memory_rows: Annotated[int, Meta(ge=64)] = 1_000_000
+    ttl_s: Seconds | None = None
+    max_rows: Annotated[int, Meta(ge=64)] | None = None
+    min_rows: Natural = 0
+
+
+class Worker(_Section, frozen=True):
+    """The serving worker."""
+
+    data_dir: str = "data/worker"
+    checkpoint_interval_s: Seconds = 10.0
+    batch_records: Annotated[int, Meta(ge=1, le=65_536)] = 4096
+    http_host: str = "127.0.0.1"
+    http_port: Port = 6066
+    stop_timeout_s: Seconds = 30.0
+
+
+class Trainer(_Section, frozen=True):
+    """The online trainer."""
+
+    data_dir: str = "data/trainer"
+    checkpoint_interval_s: Seconds = 10.0
+    publish_interval_s: Seconds = 0.5
+    http_host: str = "127.0.0.1"
+    http_port: Port = 6067
+
+
+class Pretrain(_Section, frozen=True):
+    """How the trunk is pretrained: next event, from the events before it."""
+
+    epochs: Count = 1
+    learning_rate: Annotated[float, Meta(gt=0, le=1)] = 0.002
+    batch_clients: Count = 128
+    sequence: Annotated[int, Meta(ge=8, le=4096)] = 64
+    max_sequences: Count = 6000
+    #: Category fields predicted for the next event, besides the time until it.
+    targets: list[str] = []
+
+
+class Settings(_Section, frozen=True):
+    """Everything Livestate can be told."""
+
+    modalities: Annotated[dict[Name, Modality], Meta(min_length=1, max_length=64)]
+    memory: list[Memory] = []
+    tasks: dict[Name, Task] = {}
+    kafka: Kafka = Kafka()
+    topics: Topics = Topics()
+    limits: Limits = Limits()
+    model: Model = Model()
+    store: Store = Store()
+    worker: Worker = Worker()
+    trainer: Trainer = Trainer()
+    pretrain: Pretrain = Pretrain()
+
+
+def load(path: str | Path, environment: Mapping[str, str] | None = None) -> Settings:
+    """Read settings from a TOML file, overridden by the environment.
+
+    Parameters
+    ----------
+    path: the TOML file.
+    environment: variables to read overrides from; the process's own by default.
+
+    Raises
+    ------
+    SettingsError: the file cannot be read, is not TOML, or a setting in it or in the environment is wrong.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"settings file {str(path)!r} cannot be read: {error}") from error
+    return parse(text, os.environ if environment is None else environment, source=str(path))
+
+
+def parse(text: str, environment: Mapping[str, str] | None = None, source: str = "settings") -> Settings:
+    """Like `load`, from text; no environment unless given."""
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{source} is not valid TOML: {error}") from error
+    for variable, raw in sorted((environment or {}).items()):
+        if variable.startswith(ENVIRONMENT_PREFIX):
+            _override(tree, variable, raw)
+    try:
+        settings = msgspec.convert(tree, Settings)
+    except msgspec.ValidationError as error:
+        raise SettingsError(_explain(tree, error, source)) from error
+    _check_references(settings)
+    return settings
+
+
+def _explain(tree: dict[str, Any], error: msgspec.ValidationError, source: str) -> str:
+    """Turn msgspec's `Expected ... - at `$.a.b`` into name, value and what would do."""
+    text, _, path = str(error).partition(" - at `$")
+    names = path.rstrip("`").replace("[...]", ".[...]").strip(".").split(".") if path else []
+    value: Any = tree
+    for name in names:
+        if isinstance(value, dict) and name in value:
+            value = value[name]
+        else:
+            return f"{source}: {'.'.join(names)}: {text}"
+    if not names or isinstance(value, dict):
+        section = ".".join(names) or "top level"
+        accepted = _accepted_names(names)
+        return f"{source}: {section}: {text}" + (f"; accepted: {', '.join(accepted)}" if accepted else "")
+    return f"{source}: {'.'.join(names)} = {value!r}: {text[0].lower()}{text[1:]}"
+
+
+def _accepted_names(names: list[str]) -> list[str]:
+    section: Any = Settings
+    for name in names:
+        section = _member(section, name)
+    return sorted(section.__struct_fields__) if _is_section(section) else []
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+
+
+def _member(kind: Any, name: str) -> Any:
+    """The type of setting `name` inside a section or a table of sections; None if there is none."""
+    if _is_section(kind):
+        return get_type_hints(kind, include_extras=True).get(name)
+    if get_origin(kind) is Annotated:
+        return _member(get_args(kind)[0], name)
+    if get_origin(kind) is dict:
+        return get_args(kind)[1]
+    return None
+
+
+def _override(tree: dict[str, Any], variable: str, raw: str) -> None:
+    path = variable[len(ENVIRONMENT_PREFIX) :].lower().split("__")
+    kind: Any = Settings
+    at: Any = tree
+    for depth, name in enumerate(path):
+        names = {key.lower(): key for key in at} if isinstance(at, dict) else {}
+        name = names.get(name, name)
+        inner = _member(kind, name)
+        if inner is None:
+            accepted = _accepted_names([]) if depth == 0 else sorted(getattr(kind, "__struct_fields__", names))
+            raise SettingsError(
+                f"environment variable {variable}={raw!r}: there is no setting {'.'.join(path)!r}; "
+                f"accepted here: {', '.join(accepted)}"
+            )
+        if depth == len(path) - 1:
+            try:
+                at[name] = msgspec.convert(raw, inner, strict=False)
+            except msgspec.ValidationError as error:
+                raise SettingsError(f"environment variable {variable}={raw!r}: {error}") from error
+        else:
+            at = at.setdefault(name, {})
+            kind = inner
+
+
+def _refuse(name: str, value: object, accepted: object) -> None:
+    raise SettingsError(f"{name} = {value!r}: expected {accepted}")
+
+
+def _check_references(settings: Settings) -> None:
+    for modality_name, modality in settings.modalities.items():
+        for field_name, field in modality.fields.items():
+            _check_field(f"modalities.{modality_name}.fields.{field_name}", field)
+    seen: set[str] = set()
+    for memory in settings.memory:
+        if memory.name in seen:
+            _refuse("memory.name", memory.name, "a name that no other memory has")
+        seen.add(memory.name)
+        _check_memory(settings, memory)
+    for task_name, task in settings.tasks.items():
+        name = f"tasks.{task_name}"
+        if task.on not in settings.modalities:
+            _refuse(f"{name}.on", task.on, f"one of the modalities {sorted(settings.modalities)}")
+        for field_name in task.inputs:
+            asked = settings.modalities[task.on].fields.get(field_name)
+            if asked is None or asked.type == "text" or (asked.type == "category" and not asked.values):
+                accepted = f"a number field of {task.on}, or a category field of it with declared `values`"
+                _refuse(f"{name}.inputs", field_name, accepted)
+    known = {
+        f"{modality_name}.{field_name}"
+        for modality_name, modality in settings.modalities.items()
+        for field_name, field in modality.fields.items()
+        if field.type == "category" and field.embedding
+    }
+    for target in settings.pretrain.targets:
+        if target not in known:
+            _refuse("pretrain.targets", target, f"category fields with an embedding: {sorted(known)}")
+    if settings.store.max_rows is not None and settings.store.min_rows > settings.store.max_rows:
+        _refuse("store.min_rows", settings.store.min_rows, f"at most store.max_rows = {settings.store.max_rows}")
+
+
+def _check_field(name: str, field: Field) -> None:
+    if field.type != "number" and (field.min is not None or field.max is not None):
+        _refuse(
+            f"{name}.min",
+            field.min if field.min is not None else field.max,
+            "nothing: only numbers have bounds",
+        )
+    if field.min is not None and field.max is not None and field.min > field.max:
+        _refuse(f"{name}.min", field.min, f"at most max = {field.max}")
+    if field.type != "category" and (field.embedding or field.values):
+        _refuse(f"{name}.embedding", field.embedding, "0: only categories have embeddings and values")
+    if len(set(field.values)) != len(field.values):
+        _refuse(f"{name}.values", field.values, "every value once")
+
+
+def _check_memory(settings: Settings, memory: Memory) -> None:
+    name = f"memory[{memory.name}]"
+    modality = settings.modalities.get(memory.modality)
+    if modality is None:
+        raise SettingsError(f"{name}.modality = {memory.modality!r}: expected one of {sorted(settings.modalities)}")
+
+    def fields(kind: str) -> list[str]:
+        return sorted(key for key, field in modality.fields.items() if field.type == kind)
+
+    needs = {"sum": "number", "sketch": "category"}.get(memory.kind)
+    if needs is not None and memory.field not in fields(needs):
+        _refuse(f"{name}.field", memory.field, f"a {needs} field of {memory.modality}: {fields(needs)}")
+    if needs is None and memory.field is not None:
+        _refuse(f"{name}.field", memory.field, f"nothing: kind {memory.kind!r} reads no field")
+    if memory.by is not None:
+        by = modality.fields.get(memory.by)
+        if by is None or by.type != "category" or not by.values:
+            _refuse(f"{name}.by", memory.by, f"a category field of {memory.modality} with declared `values`")
+        if memory.kind in ("sketch", "visits"):
+            _refuse(f"{name}.by", memory.by, f"nothing: kind {memory.kind!r} keeps no slot per value")
+    if memory.kind == "last_time" and memory.half_life_s is not None:
+        _refuse(f"{name}.half_life_s", memory.half_life_s, "nothing: a time does not decay")
+    if memory.kind != "visits" and memory.gap_s:
+        _refuse(f"{name}.gap_s", memory.gap_s, "nothing: only visits have a gap")
+    if memory.where is not None:
+        where = memory.where
+        given = [key for key in ("above", "below", "equals") if getattr(where, key) is not None]
+        if len(given) != 1:
+            _refuse(f"{name}.where", given, "exactly one of above, below, equals")
+        kind = "category" if given == ["equals"] else "number"
+        if where.field not in fields(kind):
+            _refuse(f"{name}.where.field", where.field, f"a {kind} field of {memory.modality}: {fields(kind)}")

@@ -1,0 +1,107 @@
+"""Wrong settings are refused with the setting's name, its value and what would be accepted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stream.errors import SettingsError
+from stream.settings import load, parse
+from tests.support.settings import SETTINGS
+
+EXAMPLES = Path(__file__).parents[1] / "stream" / "examples"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda p: p.name)
+def test_the_shipped_examples_are_accepted(path: Path) -> None:
+    assert load(path, {}).modalities
+
+
+@pytest.mark.parametrize(
+    ("extra", "name", "value", "accepted"),
+    [
+        ("[worker]\nhttp_port = 99999", "worker.http_port", "99999", "<= 65535"),
+        ('[worker]\nhttp_port = "x"', "worker.http_port", "'x'", "`int`"),
+        ("[worker]\ncheckpoint_interval_s = 0.0", "worker.checkpoint_interval_s", "0.0", "> 0"),
+        ("[worker]\nhttp_prt = 1", "worker", "http_prt", "accepted: batch_records"),
+        ('[topics]\nevents = "with space"', "topics.events", "'with space'", "matching regex"),
+        ("[store]\nmin_rows = 100\nmax_rows = 64", "store.min_rows", "100", "at most store.max_rows = 64"),
+        ('[tasks.x]\non = "visit"', "tasks.x.on", "'visit'", "['offer', 'pay']"),
+        ('[tasks.x]\non = "pay"\ninputs = ["note"]', "tasks.x.inputs", "'note'", "a number field of pay"),
+        ('[pretrain]\ntargets = ["pay.amount"]', "pretrain.targets", "'pay.amount'", "['offer.product'"),
+        ('[[memory]]\nname = "payments"\nmodality = "pay"\nkind = "count"', "memory.name", "'payments'", "no other"),
+        ('[[memory]]\nname = "m"\nmodality = "x"\nkind = "count"', "memory[m].modality", "'x'", "['offer', 'pay']"),
+        (
+            '[[memory]]\nname = "m"\nmodality = "pay"\nkind = "sum"\nfield = "merchant"',
+            "memory[m].field",
+            "'merchant'",
+            "a number field of pay: ['amount']",
+        ),
+        (
+            '[[memory]]\nname = "m"\nmodality = "pay"\nkind = "sum"\nfield = "amount"\nby = "channel"',
+            "memory[m].by",
+            "'channel'",
+            "with declared `values`",
+        ),
+        (
+            '[[memory]]\nname = "m"\nmodality = "pay"\nkind = "count"\nwhere = { field = "amount" }',
+            "memory[m].where",
+            "[]",
+            "exactly one of above, below, equals",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name_value_and_remedy(extra: str, name: str, value: str, accepted: str) -> None:
+    # Given settings with one wrong entry, when they are read
+    with pytest.raises(SettingsError) as refused:
+        parse(SETTINGS + "\n" + extra)
+    # Then the error says which, what it was and what would do
+    text = str(refused.value)
+    assert name in text
+    assert value in text
+    assert accepted in text
+
+
+def test_the_environment_overrides_the_file() -> None:
+    settings = parse(
+        SETTINGS,
+        {
+            "LIVESTATE_KAFKA__BOOTSTRAP_SERVERS": "kafka:9092",
+            "LIVESTATE_WORKER__HTTP_PORT": "7000",
+            "LIVESTATE_STORE__TTL_S": "3600.5",
+            "LIVESTATE_TASKS__ACCEPTED__PRIOR_VARIANCE": "0.5",
+            "LIVESTATE_MODALITIES__PAY__FIELDS__AMOUNT__MAX": "5",
+            "UNRELATED": "1",
+        },
+    )
+    assert settings.kafka.bootstrap_servers == "kafka:9092"
+    assert settings.worker.http_port == 7000
+    assert settings.store.ttl_s == 3600.5
+    assert settings.tasks["accepted"].prior_variance == 0.5
+    assert settings.modalities["pay"].fields["amount"].max == 5.0
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("LIVESTATE_WORKR__HTTP_PORT", "1", "there is no setting 'workr.http_port'; accepted here: kafka"),
+        ("LIVESTATE_WORKER__PORT", "1", "there is no setting 'worker.port'; accepted here: batch_records"),
+        ("LIVESTATE_WORKER__HTTP_PORT", "many", "Expected `int`"),
+        ("LIVESTATE_WORKER__HTTP_PORT", "70000", "<= 65535"),
+    ],
+)
+def test_a_wrong_environment_variable_is_refused_by_name(variable: str, value: str, expected: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        parse(SETTINGS, {variable: value})
+    assert variable in str(refused.value)
+    assert expected in str(refused.value)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"nothing\.toml"):
+        load(tmp_path / "nothing.toml", {})
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[worker\n")
+    with pytest.raises(SettingsError, match=r"broken\.toml is not valid TOML"):
+        load(broken, {})

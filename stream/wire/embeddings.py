@@ -1,0 +1,192 @@
+"""Embeddings: what Livestate publishes about a client after each micro-batch.
+
+A record is a MessagePack map: `client_id` (text), `timestamp_ms`, `offset`, `parameter_version`,
+`events_seen` (integers), `vector` (binary, float32 little-endian), `predictions` (map from task to float32).
+Any MessagePack library reads it. A task without a prediction is left out of the map.
+
+Guarantees: vectors and predictions arrive bit for bit. Not checked when encoding: that keys are UTF-8, as
+the ids of accepted events are.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from stream.store.keys import PackedKeys
+from stream.wire import checks
+from stream.wire.embedding_kernel import encode_embeddings, record_bound
+from stream.wire.formats import MAX_MEMBERS, read_map
+from stream.wire.reasons import WRONG_TYPE, refusal
+
+__all__ = ["Embedding", "EmbeddingEncoder", "decode_embedding"]
+
+_REQUIRED: Final = (
+    "client_id",
+    "timestamp_ms",
+    "offset",
+    "parameter_version",
+    "events_seen",
+    "vector",
+    "predictions",
+)
+_RECORD_BYTES: Final = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Embedding:
+    """One client's embedding.
+
+    timestamp_ms: of the last event in it, UTC milliseconds; offset: that event's, so that duplicates can be
+        dropped.
+    parameter_version: of the parameters it was made with. events_seen: how many events it holds.
+    vector: float32[width]. predictions: by task; a task without one is not there.
+    """
+
+    client_id: str
+    timestamp_ms: int
+    offset: int
+    parameter_version: int
+    events_seen: int
+    vector: NDArray[np.float32]
+    predictions: dict[str, float]
+
+
+class EmbeddingEncoder:
+    """Encodes embeddings of one width and one set of tasks, a batch at a time.
+
+    Raises
+    ------
+    ValueError: a width below 0, or more tasks than one record holds.
+    """
+
+    def __init__(self, vector_width: int, task_names: Sequence[str]) -> None:
+        if vector_width < 0:
+            raise ValueError(f"vector_width = {vector_width}: expected 0 or more")
+        if len(task_names) > MAX_MEMBERS or len(set(task_names)) != len(task_names):
+            raise ValueError(
+                f"task_names has {len(task_names)} names: expected at most {MAX_MEMBERS}, each once"
+            )
+        self._width = vector_width
+        self._tasks = len(task_names)
+        names = [msgspec.msgpack.encode(name) for name in task_names]
+        self._names = _fixed(np.frombuffer(b"".join(names), dtype=np.uint8), np.uint8)
+        self._name_offsets = _fixed(np.cumsum([0, *map(len, names)]), np.int64)
+        self._bound = record_bound(vector_width, len(self._names), self._tasks)
+
+    def encode(
+        self,
+        keys: PackedKeys,
+        timestamp_ms: ArrayLike,
+        offset: ArrayLike,
+        parameter_version: ArrayLike,
+        events_seen: ArrayLike,
+        vectors: NDArray[np.float32],
+        predictions: NDArray[np.float32],
+    ) -> list[bytes]:
+        """One record for every key.
+
+        Parameters
+        ----------
+        keys: n client ids, UTF-8.
+        timestamp_ms, offset, events_seen: int64[n]. parameter_version: int64[n] or one integer.
+        vectors: float32[n, vector_width]. predictions: float32[n, tasks]; NaN leaves a task out.
+
+        Raises
+        ------
+        ValueError: an array of another shape.
+        """
+        n = len(keys)
+        vectors = np.ascontiguousarray(vectors, dtype="<f4")
+        scores = np.ascontiguousarray(predictions, dtype=np.float32)
+        for name, array, width in (("vectors", vectors, self._width), ("predictions", scores, self._tasks)):
+            if array.shape != (n, width):
+                raise ValueError(f"{name} has shape {array.shape}: expected {(n, width)}")
+        moments, positions, versions, counts = (
+            _integers(name, column, n)
+            for name, column in (
+                ("timestamp_ms", timestamp_ms),
+                ("offset", offset),
+                ("parameter_version", parameter_version),
+                ("events_seen", events_seen),
+            )
+        )
+        key_bytes = int(keys.offsets[-1] - keys.offsets[0])
+        out = np.empty(n * self._bound + key_bytes, dtype=np.uint8)
+        starts = np.empty(n + 1, dtype=np.int64)
+        encode_embeddings(
+            _fixed(keys.buffer, np.uint8),
+            _fixed(keys.offsets, np.int64),
+            moments,
+            positions,
+            versions,
+            counts,
+            _fixed(vectors.reshape(-1).view(np.uint8), np.uint8),
+            4 * self._width,
+            scores.view(np.uint32),
+            ~np.isnan(scores),
+            self._names,
+            self._name_offsets,
+            out,
+            starts,
+        )
+        data = out[: starts[n]].tobytes()
+        return [data[a:b] for a, b in itertools.pairwise(starts.tolist())]
+
+
+def _fixed(array: NDArray[Any], kind: type[np.generic]) -> NDArray[Any]:
+    """The same values, contiguous and read-only: one compiled kernel serves every caller."""
+    view = np.ascontiguousarray(array, dtype=kind).view()
+    view.flags.writeable = False
+    return view
+
+
+def _integers(name: str, column: ArrayLike, n: int) -> NDArray[Any]:
+    array = np.asarray(column, dtype=np.int64)
+    if array.shape != (n,) and not (name == "parameter_version" and array.shape == ()):
+        raise ValueError(f"{name} has shape {array.shape}: expected {(n,)}")
+    return _fixed(np.broadcast_to(array, (n,)), np.int64)
+
+
+def decode_embedding(value: bytes) -> Embedding:
+    """The embedding in one record's value.
+
+    Raises
+    ------
+    RecordError: with one of `REASONS`; never anything else, whatever the bytes.
+    """
+    content = read_map(value, "msgpack", _RECORD_BYTES)
+    checks.keys(content, _REQUIRED, ())
+    vector = content["vector"]
+    if not isinstance(vector, bytes) or len(vector) % 4:
+        raise refusal(WRONG_TYPE, "vector", vector, "binary of 4 bytes a number, float32 little-endian")
+    predictions: dict[str, float] = {}
+    for task, prediction in checks.mapping("predictions", content["predictions"]).items():
+        if not isinstance(prediction, float):
+            raise refusal(WRONG_TYPE, "predictions", prediction, "a float for every task")
+        predictions[task] = prediction
+    client_id = content["client_id"]
+    if not isinstance(client_id, str):
+        raise refusal(WRONG_TYPE, "client_id", client_id, "text")
+    return Embedding(
+        client_id=client_id,
+        timestamp_ms=_integer("timestamp_ms", content),
+        offset=_integer("offset", content),
+        parameter_version=_integer("parameter_version", content),
+        events_seen=_integer("events_seen", content),
+        vector=np.frombuffer(vector, dtype="<f4").astype(np.float32, copy=False),
+        predictions=predictions,
+    )
+
+
+def _integer(name: str, content: dict[str, Any]) -> int:
+    value = content[name]
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise refusal(WRONG_TYPE, name, value, "an integer")
+    return value

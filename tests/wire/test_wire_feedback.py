@@ -1,0 +1,120 @@
+"""Feedback and dead letters."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import msgpack
+import pytest
+
+from stream.errors import RecordError
+from stream.settings import parse
+from stream.wire import FeedbackRecord, dead_letter_headers, decode_feedback, encode_feedback
+
+SETTINGS = parse(
+    """
+[limits]
+record_bytes = 300
+[modalities.send]
+[tasks.redeemed]
+on = "send"
+"""
+)
+RECORD = FeedbackRecord("ann", 2000, 1000, "redeemed", True, 0.5)
+
+
+def content(**changes: Any) -> dict[str, Any]:
+    given = RECORD._asdict() | changes
+    return {name: value for name, value in given.items() if value is not ...}
+
+
+def decode(given: dict[str, Any], key: bytes | None = b"ann") -> FeedbackRecord:
+    return decode_feedback(key, msgpack.packb(given), None, SETTINGS)
+
+
+def test_given_a_record_when_encoded_and_decoded_then_it_is_the_same() -> None:
+    assert decode_feedback(b"ann", encode_feedback(RECORD), [], SETTINGS) == RECORD
+    assert msgpack.unpackb(encode_feedback(RECORD)) == content()
+
+
+def test_json_is_read_where_the_header_says_so() -> None:
+    value = json.dumps(content()).encode()
+
+    assert decode_feedback(b"ann", value, [("Content-Type", b"application/json")], SETTINGS) == RECORD
+
+
+def test_a_missing_weight_is_one() -> None:
+    assert decode(content(weight=...)).weight == 1.0
+
+
+@pytest.mark.parametrize(
+    ("label", "meant"), [(True, True), (False, False), (1, True), (0, False), (1.0, True)]
+)
+def test_a_binary_label_is_a_boolean_or_its_number(label: Any, meant: bool) -> None:
+    assert decode(content(label=label)).label is meant
+
+
+def test_feedback_may_be_known_at_the_moment_it_answers() -> None:
+    assert decode(content(as_of_ms=2000)).as_of_ms == 2000
+
+
+@pytest.mark.parametrize(
+    ("reason", "given", "key"),
+    [
+        ("unknown_task", content(task="churn"), b"ann"),
+        ("wrong_type", content(task=1), b"ann"),
+        ("wrong_type", content(label="yes"), b"ann"),
+        ("wrong_type", content(label=None), b"ann"),
+        ("out_of_range", content(label=2), b"ann"),
+        ("out_of_range", content(label=0.5), b"ann"),
+        ("out_of_range", content(label=math.nan), b"ann"),
+        ("out_of_range", content(as_of_ms=2001), b"ann"),
+        ("out_of_range", content(timestamp_ms=-1), b"ann"),
+        ("wrong_type", content(as_of_ms=1.5), b"ann"),
+        ("out_of_range", content(weight=0), b"ann"),
+        ("out_of_range", content(weight=-1.0), b"ann"),
+        ("not_finite", content(weight=math.inf), b"ann"),
+        ("not_finite", content(weight=math.nan), b"ann"),
+        ("wrong_type", content(weight="1"), b"ann"),
+        ("missing_field", content(label=...), b"ann"),
+        ("unknown_field", content(wieght=1.0), b"ann"),
+        ("key_mismatch", content(), b"bob"),
+        ("key_mismatch", content(), None),
+        ("too_large", content(task="x" * 400), b"ann"),
+    ],
+)
+def test_bad_feedback_is_refused(reason: str, given: dict[str, Any], key: bytes | None) -> None:
+    with pytest.raises(RecordError) as refused:
+        decode(given, key)
+
+    assert refused.value.reason == reason
+    assert str(refused.value)
+
+
+def test_given_no_tasks_then_every_task_is_unknown() -> None:
+    with pytest.raises(RecordError, match="no task is configured"):
+        decode_feedback(b"ann", encode_feedback(RECORD), None, parse("[modalities.send]"))
+
+
+def test_a_null_value_is_refused() -> None:
+    with pytest.raises(RecordError) as refused:
+        decode_feedback(b"ann", None, None, SETTINGS)
+    assert refused.value.reason == "null_value"
+
+
+def test_dead_letter_headers_say_why_and_from_where() -> None:
+    headers = dead_letter_headers("wrong_type", "fields.ä = 'x': expected a number", "events", 3, 2**40)
+
+    assert headers == [
+        ("livestate-reason", b"wrong_type"),
+        ("livestate-detail", "fields.ä = 'x': expected a number".encode()),
+        ("livestate-topic", b"events"),
+        ("livestate-partition", b"3"),
+        ("livestate-offset", b"1099511627776"),
+    ]
+
+
+def test_a_detail_with_half_a_surrogate_pair_still_makes_a_header() -> None:
+    assert dict(dead_letter_headers("r", "\ud800", "t", 0, 0))["livestate-detail"] == rb"\ud800"

@@ -1,0 +1,265 @@
+"""One micro-batch: decoded events in, rows advanced in place.
+
+Guaranteed: the rows after a batch equal, bit for bit, the rows after the same events one at a time; an event at
+or below its row's `applied_offset` changes nothing. Not guaranteed: thread safety; one engine belongs to one
+thread.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stream.errors import ParametersError
+from stream.model import kernels
+from stream.model.cell import Cell
+from stream.model.layout import Layout
+from stream.model.parameters import ParameterSet
+from stream.model.values import ValueTable
+from stream.wire import EventColumns
+
+__all__ = ["Advanced", "Encoded", "Engine", "Rows", "Triggers"]
+
+
+class Rows(Protocol):
+    """Arrays of rows, addressed by slot; the embedding store is one."""
+
+    @property
+    def vectors(self) -> NDArray[np.float32]: ...
+    @property
+    def events_seen(self) -> NDArray[np.int64]: ...
+    @property
+    def last_event_ms(self) -> NDArray[np.int64]: ...
+    @property
+    def applied_offset(self) -> NDArray[np.int64]: ...
+
+
+@dataclass(frozen=True)
+class Triggers:
+    """Rows as they were right after the events that ask for a prediction.
+
+    `event` (k,): index in the batch; `events_seen` (k,) by the client up to it; `hidden` (k, H); `memory` (k, M).
+    """
+
+    event: NDArray[np.int64]
+    events_seen: NDArray[np.int64]
+    hidden: NDArray[np.float32]
+    memory: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """What a batch did: `slots` (u,) of the rows that changed, `last_event` (u,) the index of the last event of
+    each, `events` applied, `waves` run, and the triggers."""
+
+    slots: NDArray[np.int64]
+    last_event: NDArray[np.int64]
+    events: int
+    waves: int
+    triggers: Triggers
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch in wave order before the learned part: `dense` (events, dense inputs); `codes` (n, fields) row of
+    each embedded field per event of the batch, -1 absent; `position` (n,) row in wave order, -1 skipped."""
+
+    position: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    last: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    events: int
+    dense: NDArray[np.float32]
+    codes: NDArray[np.int32]
+    trigger_event: NDArray[np.int64]
+    trigger_seen: NDArray[np.int64]
+    trigger_memory: NDArray[np.float32]
+
+
+class Engine:
+    """Advances rows under one trunk.
+
+    Parameters
+    ----------
+    layout: of the settings.
+    parameters: a set whose trunk fits the layout.
+
+    Raises
+    ------
+    ParametersError: a tensor is missing or of another shape than the layout describes.
+    """
+
+    def __init__(self, layout: Layout, parameters: ParameterSet) -> None:
+        self.layout = layout
+        self.trunk_id = parameters.trunk_id
+        self.cell = Cell(parameters, layout.inputs, layout.hidden)
+        self._scale = np.array(parameters["trunk/scale"], np.float64)
+        if self._scale.shape != (2, layout.numbers):
+            raise ParametersError(
+                f"tensor 'trunk/scale' has shape {self._scale.shape}: the settings describe {(2, layout.numbers)}"
+            )
+        self._values: list[ValueTable] = []
+        tables: list[NDArray[np.float32]] = []
+        for f in layout.embedded:
+            table = parameters[f"trunk/embedding/{f.name}"]
+            values = _unpack_values(parameters, f.name)
+            if table.shape != (len(values) + 1, f.width):
+                raise ParametersError(
+                    f"tensor 'trunk/embedding/{f.name}' has shape {table.shape}: "
+                    f"its {len(values)} values and the settings describe {(len(values) + 1, f.width)}"
+                )
+            self._values.append(ValueTable(values))
+            tables.append(np.asarray(table, np.float32).reshape(-1))
+        self._tables = np.concatenate([*tables, np.zeros(1, np.float32)])
+        widths = [f.width for f in layout.embedded]
+        self._table_start = np.concatenate([[0], np.cumsum([t.size for t in tables])]).astype(np.int64)
+        self._table_width = np.array(widths, np.int64)
+        self._table_column = (layout.dense_inputs + np.concatenate([[0], np.cumsum(widths)])).astype(np.int64)
+        self._encoder = EventEncoder(layout, self._values, self._scale)
+
+    def advance(self, columns: EventColumns, slots: NDArray[np.int64], rows: Rows) -> Advanced:
+        """Apply the accepted events of a batch, in offset order, to their rows.
+
+        Parameters
+        ----------
+        columns: n decoded events of one partition, offsets rising.
+        slots: (n,) row of each event's client, -1 to leave the event out.
+        rows: changed in place.
+        """
+        layout = self.layout
+        encoded = self._encoder.encode(columns, slots, rows)
+        clients, events = len(encoded.slots), encoded.events
+        if events == 0:
+            nothing = np.empty(0, np.int64)
+            empty = Triggers(nothing, nothing, np.empty((0, layout.hidden), np.float32), encoded.trigger_memory)
+            return Advanced(nothing, nothing, 0, 0, empty)
+        inputs = np.zeros((self.cell.padded(events), layout.inputs), np.float32)
+        kernels.assemble(
+            encoded.position, encoded.dense, encoded.codes, self._tables,
+            self._table_start, self._table_width, self._table_column, inputs,
+        )  # fmt: skip
+        first = np.zeros((self.cell.padded(clients), layout.hidden), np.float32)
+        kernels.copy_rows(rows.vectors, encoded.slots, layout.hidden, first)
+        states = np.zeros((self.cell.padded(events), layout.hidden), np.float32)
+        self.cell.run(torch.from_numpy(inputs), encoded.starts, torch.from_numpy(first), torch.from_numpy(states))
+        kernels.scatter_hidden(states, encoded.last, encoded.slots, layout.hidden, rows.vectors)
+        event_at = np.empty(events, np.int64)
+        planned = np.flatnonzero(encoded.position >= 0)
+        event_at[encoded.position[planned]] = planned
+        hidden = states[encoded.position[encoded.trigger_event]]
+        return Advanced(
+            slots=encoded.slots,
+            last_event=event_at[encoded.last],
+            events=events,
+            waves=len(encoded.starts) - 1,
+            triggers=Triggers(encoded.trigger_event, encoded.trigger_seen, hidden, encoded.trigger_memory),
+        )
+
+
+class EventEncoder:
+    """Plans a batch, advances memory and metadata, and writes the encoder's inputs short of the learned tables.
+
+    Training uses it directly, so that what is trained is what is served.
+    """
+
+    def __init__(self, layout: Layout, values: list[ValueTable], scale: NDArray[np.float64]) -> None:
+        self._layout = layout
+        self._values = values
+        self._scale = scale
+        self._declared = {key: ValueTable([v.encode() for v in values]) for key, values in layout.declared.items()}
+        self._is_trigger = np.zeros(len(layout.schema.modalities), np.bool_)
+        for m in layout.schema.modalities:
+            self._is_trigger[m.index] = any(task.on == m.name for task in layout.settings.tasks.values())
+        self._counts = np.zeros(0, np.int32)
+        self._rank = np.zeros(0, np.int64)
+
+    def encode(self, columns: EventColumns, slots: NDArray[np.int64], rows: Rows) -> Encoded:
+        """Advance everything but the hidden state; see `Engine.advance` for the parameters."""
+        layout, n = self._layout, len(slots)
+        capacity = rows.vectors.shape[0]
+        if len(self._counts) < capacity:
+            self._counts = np.zeros(capacity, np.int32)
+            self._rank = np.zeros(capacity, np.int64)
+        position = np.empty(n, np.int64)
+        unique = np.empty(n, np.int64)
+        clients, events, starts, last = kernels.plan(
+            slots,
+            columns.accepted,
+            columns.offsets,
+            rows.applied_offset,
+            self._counts,
+            position,
+            unique,
+            self._rank,
+        )
+        declared = np.full((n, max(1, layout.schema.max_categories)), -1, np.int32)
+        for (modality, column), table in self._declared.items():
+            out = np.full(n, -1, np.int32)
+            self._lookup(table, columns, modality, column, -1, out)
+            chosen = columns.modality == modality
+            declared[chosen, column] = out[chosen]
+        codes = np.full((n, len(layout.embedded)), -1, np.int32)
+        for number, (f, table) in enumerate(zip(layout.embedded, self._values, strict=True)):
+            out = np.full(n, -2, np.int32)
+            self._lookup(table, columns, f.modality, f.column, len(table), out)
+            # Row 0 is the field's `rare` row; values follow it.
+            codes[:, number] = np.where(out == -2, -1, np.where(out == len(table), 0, np.where(out < 0, -1, out + 1)))
+        triggers = int(self._is_trigger[columns.modality[position >= 0]].sum())
+        trigger_event = np.empty(triggers, np.int64)
+        trigger_seen = np.empty(triggers, np.int64)
+        trigger_memory = np.empty((triggers, layout.memory), np.float32)
+        dense = np.empty((events, layout.dense_inputs), np.float32)
+        program = layout.table
+        kernels.advance(
+            slots, position, columns.offsets, columns.timestamp_ms, columns.modality, columns.numbers,
+            columns.category_hash, columns.category_length, declared,
+            rows.vectors, layout.hidden, rows.events_seen, rows.last_event_ms, rows.applied_offset,
+            program.first, program.integers, program.constants, program.decay_half_life_ms, program.decay_bounds,
+            layout.number_inputs, self._scale, dense, self._is_trigger, trigger_event, trigger_seen, trigger_memory,
+            len(layout.schema.modalities),
+        )  # fmt: skip
+        return Encoded(
+            position,
+            unique[:clients].copy(),
+            last,
+            starts,
+            events,
+            dense,
+            codes,
+            trigger_event,
+            trigger_seen,
+            trigger_memory,
+        )
+
+    @staticmethod
+    def _lookup(
+        table: ValueTable,
+        columns: EventColumns,
+        modality: int,
+        column: int,
+        missing: int,
+        out: NDArray[np.int32],
+    ) -> None:
+        table.lookup(
+            columns.modality, modality, column, columns.text, columns.category_start,
+            columns.category_length, columns.category_hash, missing, out,
+        )  # fmt: skip
+
+
+def _unpack_values(parameters: ParameterSet, name: str) -> list[bytes]:
+    data = parameters[f"trunk/values/{name}"].tobytes()
+    offsets = parameters[f"trunk/value_offsets/{name}"].tolist()
+    return [data[a:b] for a, b in itertools.pairwise(offsets)]
+
+
+def pack_values(name: str, values: list[bytes]) -> dict[str, NDArray[np.uint8] | NDArray[np.int64]]:
+    """The two tensors that hold a field's values in the order of their rows (row 1 is the first value)."""
+    return {
+        f"trunk/values/{name}": np.frombuffer(b"".join(values), np.uint8),
+        f"trunk/value_offsets/{name}": np.concatenate([[0], np.cumsum([len(v) for v in values])]).astype(np.int64),
+    }

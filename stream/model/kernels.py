@@ -1,0 +1,264 @@
+"""The loops of a micro-batch over arrays, compiled by numba.
+
+Everything here is scalar arithmetic in a fixed order, one event after the other, so the result for a row cannot
+depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+__all__ = ["advance", "assemble", "copy_rows", "plan", "scatter_hidden"]
+
+_TIME_BASE = 16777216.0  # 2**24: the largest power below which float32 holds every integer
+_LARGEST = 1e15  # a sum of amounts beyond this could overflow float32 and poison its row
+
+
+@njit(cache=True, nogil=True)
+def plan(slots, accepted, offsets, applied_offset, counts, position, unique, rank_of):  # type: ignore[no-untyped-def]
+    """Order the events of a batch into waves.
+
+    The i-th event of each client belongs to wave i. Clients are ranked by their number of events, most first, so
+    the clients of a wave are always the first rows of the wave before. `position[i]` is event i's row in that
+    order, -1 for an event that is skipped: rejected, or at or below its row's `applied_offset`.
+
+    Returns (clients, events, wave starts). `counts` is scratch of one zero per slot and is zero again afterwards.
+    """
+    n = slots.shape[0]
+    clients = 0
+    events = 0
+    deepest = 0
+    for i in range(n):
+        position[i] = -1
+        slot = slots[i]
+        if not accepted[i] or slot < 0 or offsets[i] <= applied_offset[slot]:
+            continue
+        if counts[slot] == 0:
+            unique[clients] = slot
+            clients += 1
+        position[i] = counts[slot]
+        counts[slot] += 1
+        events += 1
+        deepest = max(deepest, counts[slot])
+    wave_size = np.zeros(deepest + 1, np.int64)
+    for u in range(clients):
+        wave_size[counts[unique[u]]] += 1
+    # From the number of clients with exactly c events to the number with more than w.
+    starts = np.zeros(deepest + 1, np.int64)
+    with_more = 0
+    place = np.zeros(deepest + 2, np.int64)
+    for c in range(deepest, 0, -1):
+        place[c] = with_more
+        with_more += wave_size[c]
+        wave_size[c] = with_more
+    for w in range(deepest):
+        starts[w + 1] = starts[w] + wave_size[w + 1]
+    ranked = np.empty(clients, np.int64)
+    for u in range(clients):
+        slot = unique[u]
+        c = counts[slot]
+        rank = place[c]
+        place[c] += 1
+        rank_of[slot] = rank
+        ranked[rank] = slot
+    for i in range(n):
+        if position[i] >= 0:
+            position[i] = starts[position[i]] + rank_of[slots[i]]
+    last = np.empty(clients, np.int64)
+    for rank in range(clients):
+        slot = ranked[rank]
+        last[rank] = starts[counts[slot] - 1] + rank
+        counts[slot] = 0
+        unique[rank] = slot
+    return clients, events, starts, last
+
+
+@njit(cache=True, nogil=True)
+def _write_time(row, at, time_ms):  # type: ignore[no-untyped-def]
+    high = math.floor(time_ms / _TIME_BASE)
+    row[at] = np.float32(high)
+    row[at + 1] = np.float32(time_ms - high * _TIME_BASE)
+
+
+@njit(cache=True, nogil=True)
+def _read_time(row, at):  # type: ignore[no-untyped-def]
+    return np.float64(row[at]) * _TIME_BASE + np.float64(row[at + 1])
+
+
+@njit(cache=True, nogil=True)
+def _holds(kind, column, threshold, i, numbers, declared):  # type: ignore[no-untyped-def]
+    if kind == 0:
+        return True
+    if kind == 1:
+        return numbers[i, column] > threshold
+    if kind == 2:
+        return numbers[i, column] < threshold
+    return declared[i, column] == np.int32(threshold)
+
+
+@njit(cache=True, nogil=True)
+def _remember(  # type: ignore[no-untyped-def]
+    memory, i, time_ms, elapsed_ms, late_ms, modality, numbers, hashes, lengths, declared,
+    first, operations, constants, decay_half_life_ms, decay_bounds,
+):  # fmt: skip
+    """Apply event i to the memory of its row (a view of its memory floats)."""
+    if elapsed_ms > 0.0:
+        for g in range(decay_half_life_ms.shape[0]):
+            factor = np.float32(2.0 ** (-elapsed_ms / decay_half_life_ms[g]))
+            for k in range(decay_bounds[g], decay_bounds[g + 1]):
+                memory[k] *= factor
+    for o in range(first[modality], first[modality + 1]):
+        kind = operations[o, 0]
+        if not _holds(operations[o, 7], operations[o, 8], constants[o, 0], i, numbers, declared):
+            continue
+        at = operations[o, 1]
+        by = operations[o, 6]
+        if by >= 0:
+            slot = declared[i, by]
+            spare = operations[o, 2] - 1
+            if slot < 0 or slot > spare:
+                slot = spare
+            at += slot * (2 if kind == 3 else 1)
+        # A late event counts as much as it would have left by now, and moves no time back.
+        weight = 1.0 if late_ms == 0.0 else 2.0 ** (-late_ms / constants[o, 1])
+        if kind == 0:
+            memory[at] += np.float32(weight)
+        elif kind == 1:
+            amount = numbers[i, operations[o, 4]]
+            if not math.isnan(amount):
+                amount = min(max(amount, -_LARGEST), _LARGEST)
+                memory[at] += np.float32(amount * weight)
+        elif kind == 2:
+            previous = _read_time(memory, operations[o, 3])
+            if previous == 0.0 or time_ms - previous > constants[o, 2]:
+                memory[at] += np.float32(weight)
+            if time_ms > previous:
+                _write_time(memory, operations[o, 3], time_ms)
+        elif kind == 3:
+            if time_ms > _read_time(memory, at):
+                _write_time(memory, at, time_ms)
+        else:
+            column = operations[o, 5]
+            if lengths[i, column] >= 0:
+                bits = hashes[i, column] ^ np.uint64(0x9E3779B97F4A7C15)
+                bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+                bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+                bits ^= bits >> np.uint64(31)
+                amount32 = np.float32(weight)
+                for d in range(operations[o, 2]):
+                    if bits & np.uint64(1):
+                        memory[at + d] += amount32
+                    else:
+                        memory[at + d] -= amount32
+                    bits >>= np.uint64(1)
+
+
+@njit(cache=True, nogil=True)
+def advance(  # type: ignore[no-untyped-def]
+    slots, position, offsets, timestamps, modality, numbers, hashes, lengths, declared,
+    vectors, hidden, events_seen, last_event_ms, applied_offset,
+    first, operations, constants, decay_half_life_ms, decay_bounds,
+    number_inputs, scale, dense, is_trigger, trigger_event, trigger_seen, trigger_memory, modalities,
+):  # fmt: skip
+    """Apply every planned event, in order, to memory and metadata, and write its dense inputs at its position.
+
+    `is_trigger[m]` says that modality m asks for a prediction; the memory right after such an event is copied
+    to `trigger_memory`. Returns the number of triggers.
+    """
+    triggers = 0
+    time_column = dense.shape[1] - 6
+    for i in range(slots.shape[0]):
+        at = position[i]
+        if at < 0:
+            continue
+        slot = slots[i]
+        kind = modality[i]
+        time_ms = timestamps[i]
+        elapsed_ms = 0.0
+        late_ms = 0.0
+        is_first = events_seen[slot] == 0
+        if not is_first:
+            difference = np.float64(time_ms - last_event_ms[slot])
+            if difference >= 0.0:
+                elapsed_ms = difference
+            else:
+                late_ms = -difference
+        row = vectors[slot, hidden:]
+        _remember(
+            row, i, np.float64(time_ms), elapsed_ms, late_ms, kind, numbers, hashes, lengths, declared,
+            first, operations, constants, decay_half_life_ms, decay_bounds,
+        )  # fmt: skip
+        events_seen[slot] += 1
+        if is_first or time_ms > last_event_ms[slot]:
+            last_event_ms[slot] = time_ms
+        applied_offset[slot] = offsets[i]
+
+        inputs = dense[at]
+        for k in range(inputs.shape[0]):
+            inputs[k] = 0.0
+        inputs[kind] = 1.0
+        for column in range(number_inputs.shape[1]):
+            target = number_inputs[kind, column]
+            if target >= 0:
+                value = numbers[i, column]
+                if not math.isnan(value):
+                    squashed = math.copysign(math.log1p(abs(value)), value)
+                    number = target - modalities
+                    inputs[target] = np.float32((squashed - scale[0, number]) / scale[1, number])
+        inputs[time_column] = np.float32(math.log1p(elapsed_ms / 1000.0) / 10.0)
+        inputs[time_column + 1] = 1.0 if is_first else 0.0
+        hour = (time_ms % 86400000) / 86400000.0 * 2.0 * math.pi
+        day = (time_ms % 604800000) / 604800000.0 * 2.0 * math.pi
+        inputs[time_column + 2] = np.float32(math.sin(hour))
+        inputs[time_column + 3] = np.float32(math.cos(hour))
+        inputs[time_column + 4] = np.float32(math.sin(day))
+        inputs[time_column + 5] = np.float32(math.cos(day))
+        if is_trigger[kind]:
+            trigger_event[triggers] = i
+            trigger_seen[triggers] = events_seen[slot]
+            for k in range(row.shape[0]):
+                trigger_memory[triggers, k] = row[k]
+            triggers += 1
+    return triggers
+
+
+@njit(cache=True, nogil=True)
+def assemble(position, dense, codes, tables, table_start, table_width, table_column, out):  # type: ignore[no-untyped-def]
+    """Encoded events: dense inputs, then the embedding of each category field (zeros where it is absent)."""
+    width = dense.shape[1]
+    for i in range(position.shape[0]):
+        at = position[i]
+        if at < 0:
+            continue
+        for k in range(width):
+            out[at, k] = dense[at, k]
+        for f in range(codes.shape[1]):
+            column = table_column[f]
+            code = codes[i, f]
+            if code < 0:
+                for k in range(table_width[f]):
+                    out[at, column + k] = 0.0
+            else:
+                begin = table_start[f] + np.int64(code) * table_width[f]
+                for k in range(table_width[f]):
+                    out[at, column + k] = tables[begin + k]
+
+
+@njit(cache=True, nogil=True)
+def copy_rows(source, rows, columns, out):  # type: ignore[no-untyped-def]
+    """out[i, :columns] = source[rows[i], :columns]."""
+    for i in range(rows.shape[0]):
+        row = rows[i]
+        for k in range(columns):
+            out[i, k] = source[row, k]
+
+
+@njit(cache=True, nogil=True)
+def scatter_hidden(source, rows, slots, columns, vectors):  # type: ignore[no-untyped-def]
+    """vectors[slots[i], :columns] = source[rows[i], :columns]."""
+    for i in range(rows.shape[0]):
+        for k in range(columns):
+            vectors[slots[i], k] = source[rows[i], k]

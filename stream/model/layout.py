@@ -1,0 +1,243 @@
+"""What a row and an encoded event look like, compiled once from the settings.
+
+A row is `hidden` floats of recurrent state followed by `memory` floats. The memory is ordered so that everything
+that decays at one half-life lies together (one multiply over a range for each half-life), then what does not
+decay, then times. A time is kept in two float32 values, `high * 2**24 + low` milliseconds, both exact; (0, 0)
+means never.
+
+Guaranteed: the same settings always give the same layout, and `fingerprint` differs where rows of two layouts
+could not be exchanged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream.settings import Memory, Settings
+from stream.wire import ModalitySchema, Schema
+
+__all__ = ["EmbeddedField", "Layout", "Operation", "OperationTable"]
+
+#: Operation kinds as the kernel knows them.
+COUNT, SUM, VISITS, LAST_TIME, SKETCH = range(5)
+_KINDS = {"count": COUNT, "sum": SUM, "visits": VISITS, "last_time": LAST_TIME, "sketch": SKETCH}
+#: Condition kinds as the kernel knows them.
+ALWAYS, ABOVE, BELOW, EQUALS = range(4)
+
+#: Time inputs of the encoder: log time since the last event, first event, and sine and cosine of hour and weekday.
+TIME_INPUTS = 6
+
+
+@dataclass(frozen=True)
+class EmbeddedField:
+    """A category field that the encoder reads through a learned table of `width` columns."""
+
+    modality: int
+    column: int
+    name: str
+    width: int
+    min_count: int
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One memory of the settings and where its floats lie."""
+
+    memory: Memory
+    start: int
+    slots: int
+    time_start: int
+
+    @property
+    def is_statistic(self) -> bool:
+        """True for counts, sums and visits: non-sketch floats that are read through a logarithm."""
+        return self.memory.kind in ("count", "sum", "visits")
+
+
+@dataclass(frozen=True)
+class OperationTable:
+    """The operations as arrays for the kernel, those of modality m at `first[m]:first[m + 1]`."""
+
+    first: NDArray[np.int32]
+    integers: NDArray[np.int32]  # (operations, 9): see `Layout._table`
+    constants: NDArray[np.float64]  # (operations, 3): condition's bound, half-life in ms (inf: none), gap in ms
+    decay_half_life_ms: NDArray[np.float64]  # of each decaying range
+    decay_bounds: NDArray[np.int32]  # (ranges + 1,), offsets in the memory
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Row and input layout of one settings file."""
+
+    settings: Settings
+    schema: Schema
+    hidden: int
+    operations: tuple[Operation, ...]
+    memory: int
+    embedded: tuple[EmbeddedField, ...]
+    #: Input column of each (modality, number column), -1 where the encoder does not read it.
+    number_inputs: NDArray[np.int32]
+    dense_inputs: int
+    numbers: int
+    table: OperationTable
+    #: For each (modality, category column): the declared values, `values` of the field first.
+    declared: dict[tuple[int, int], tuple[str, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def compile(cls, settings: Settings, schema: Schema) -> Layout:
+        """Lay out rows and inputs for these settings."""
+        operations, memory = _place(settings)
+        embedded = [
+            EmbeddedField(m.index, m.category_fields[name], f"{m.name}.{name}", f.embedding, f.min_count)
+            for m in schema.modalities
+            for name, f in settings.modalities[m.name].fields.items()
+            if f.type == "category" and f.embedding
+        ]
+        modalities = len(schema.modalities)
+        number_inputs = np.full((modalities, max(1, schema.max_numbers)), -1, np.int32)
+        column = modalities
+        for m in schema.modalities:
+            for name, f in settings.modalities[m.name].fields.items():
+                if f.type == "number" and f.encode:
+                    number_inputs[m.index, m.number_fields[name]] = column
+                    column += 1
+        numbers = column - modalities
+        declared = _declared(settings, schema)
+        return cls(
+            settings=settings,
+            schema=schema,
+            hidden=settings.model.hidden,
+            operations=operations,
+            memory=memory,
+            embedded=tuple(embedded),
+            number_inputs=number_inputs,
+            dense_inputs=column + TIME_INPUTS,
+            numbers=numbers,
+            table=_table(operations, schema, declared),
+            declared=declared,
+        )
+
+    @property
+    def width(self) -> int:
+        """Floats in a row."""
+        return self.hidden + self.memory
+
+    @property
+    def inputs(self) -> int:
+        """Width of an encoded event."""
+        return self.dense_inputs + sum(f.width for f in self.embedded)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever rows of the old and the new layout could not be exchanged."""
+        parts = [str(self.hidden), str(self.inputs)]
+        parts += [f"{o.memory!r}@{o.start}+{o.slots}" for o in self.operations]
+        parts += [f"{key}:{values}" for key, values in sorted(self.declared.items())]
+        return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+
+
+def _slots(settings: Settings, memory: Memory) -> int:
+    if memory.kind == "sketch":
+        return memory.dimensions
+    if memory.kind == "last_time" and memory.by is None:
+        return 0
+    by = 1 if memory.by is None else len(settings.modalities[memory.modality].fields[memory.by].values) + 1
+    return by
+
+
+def _place(settings: Settings) -> tuple[tuple[Operation, ...], int]:
+    """Give every memory its place: decaying ones by half-life, then plain ones, then times."""
+    order = sorted(
+        settings.memory,
+        key=lambda m: (m.kind == "last_time", m.half_life_s is None, m.half_life_s or 0.0),
+    )
+    starts: dict[str, int] = {}
+    at = 0
+    for memory in order:
+        starts[memory.name] = at
+        if memory.kind != "last_time":
+            at += _slots(settings, memory)
+    times: dict[str, int] = {}
+    for memory in order:
+        times[memory.name] = at
+        if memory.kind == "last_time":
+            at += 2 * max(1, _slots(settings, memory))
+        elif memory.kind == "visits":
+            at += 2
+    operations = []
+    for memory in settings.memory:
+        is_time = memory.kind == "last_time"
+        slots = max(1, _slots(settings, memory))
+        start = times[memory.name] if is_time else starts[memory.name]
+        operations.append(Operation(memory, start, slots, times[memory.name]))
+    return tuple(operations), at
+
+
+def _declared(settings: Settings, schema: Schema) -> dict[tuple[int, int], tuple[str, ...]]:
+    declared: dict[tuple[int, int], list[str]] = {}
+    for m in schema.modalities:
+        for name, f in settings.modalities[m.name].fields.items():
+            if f.type == "category" and f.values:
+                declared[m.index, m.category_fields[name]] = list(f.values)
+    for memory in settings.memory:
+        if memory.where is not None and memory.where.equals is not None:
+            modality = _modality(schema, memory.modality)
+            values = declared.setdefault((modality.index, modality.category_fields[memory.where.field]), [])
+            if memory.where.equals not in values:
+                values.append(memory.where.equals)
+    return {key: tuple(values) for key, values in declared.items()}
+
+
+def _modality(schema: Schema, name: str) -> ModalitySchema:
+    return next(m for m in schema.modalities if m.name == name)
+
+
+def _table(
+    operations: tuple[Operation, ...], schema: Schema, declared: dict[tuple[int, int], tuple[str, ...]]
+) -> OperationTable:
+    """Columns of `integers`: kind, start, slots, time start, number column, category column, slot column, and the
+    condition's kind and column. A condition on a category is bound to the index of its declared value."""
+    rows: list[list[int]] = []
+    constants: list[list[float]] = []
+    first = [0]
+    for m in schema.modalities:
+        for o in operations:
+            memory = o.memory
+            if memory.modality != m.name:
+                continue
+            number = m.number_fields[memory.field] if memory.kind == "sum" and memory.field else -1
+            category = m.category_fields[memory.field] if memory.kind == "sketch" and memory.field else -1
+            by = m.category_fields[memory.by] if memory.by else -1
+            condition, column, threshold = ALWAYS, -1, 0.0
+            where = memory.where
+            if where is not None and where.above is not None:
+                condition, column, threshold = ABOVE, m.number_fields[where.field], where.above
+            elif where is not None and where.below is not None:
+                condition, column, threshold = BELOW, m.number_fields[where.field], where.below
+            elif where is not None and where.equals is not None:
+                column = m.category_fields[where.field]
+                condition, threshold = EQUALS, float(declared[m.index, column].index(where.equals))
+            rows.append([_KINDS[memory.kind], o.start, o.slots, o.time_start, number, category, by, condition, column])
+            half_life_ms = np.inf if memory.half_life_s is None else memory.half_life_s * 1000.0
+            constants.append([threshold, half_life_ms, memory.gap_s * 1000.0])
+        first.append(len(rows))
+    decaying = sorted((o for o in operations if o.memory.half_life_s is not None), key=lambda o: o.start)
+    decay: list[float] = []
+    bounds: list[int] = [0]
+    for o in decaying:
+        half_life = (o.memory.half_life_s or 0.0) * 1000.0
+        if not decay or decay[-1] != half_life:
+            decay.append(half_life)
+            bounds.append(o.start + o.slots)
+        bounds[-1] = o.start + o.slots
+    return OperationTable(
+        first=np.array(first, np.int32),
+        integers=np.array(rows, np.int32).reshape(-1, 9),
+        constants=np.array(constants, np.float64).reshape(-1, 3),
+        decay_half_life_ms=np.array(decay, np.float64),
+        decay_bounds=np.array(bounds, np.int32),
+    )

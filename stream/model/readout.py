@@ -1,0 +1,124 @@
+"""What heads see of a row: its hidden state, its memory on a scale that suits linear models, and the event.
+
+Counts, sums and visits are read through a signed logarithm, sketches by their direction, times as the logarithm
+of the hours since (and whether the thing ever happened). One function for worker and trainer; a row's features
+do not depend on the other rows of the call.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream.model.layout import Layout
+from stream.model.values import ValueTable
+from stream.settings import Task
+from stream.wire import EventColumns
+
+__all__ = ["Readout", "TaskInputs"]
+
+
+class Readout:
+    """Features of rows.
+
+    `names` (F,) names each feature, the memory's by the memory's name.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._hidden = layout.hidden
+        names = [f"hidden[{i}]" for i in range(layout.hidden)]
+        statistics: list[int] = []
+        self._sketches: list[slice] = []
+        times: list[int] = []
+        for operation in layout.operations:
+            if operation.is_statistic:
+                statistics += range(operation.start, operation.start + operation.slots)
+                names += _slot_names(layout, operation.memory.name, operation.memory.by, operation.memory.modality)
+        for operation in layout.operations:
+            if operation.memory.kind == "sketch":
+                self._sketches.append(slice(operation.start, operation.start + operation.slots))
+                names += [f"{operation.memory.name}[{i}]" for i in range(operation.slots)]
+        for operation in layout.operations:
+            if operation.memory.kind == "last_time":
+                times += range(operation.start, operation.start + 2 * operation.slots, 2)
+                slots = _slot_names(layout, operation.memory.name, operation.memory.by, operation.memory.modality)
+                names += [f"{slot}.{part}" for slot in slots for part in ("hours", "seen")]
+        self._statistics = np.array(statistics, np.int64)
+        self._times = np.array(times, np.int64)
+        self.names = tuple(names)
+
+    @property
+    def width(self) -> int:
+        """Number of features."""
+        return len(self.names)
+
+    def features(
+        self, hidden: NDArray[np.float32], memory: NDArray[np.float32], now_ms: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """(k, F) features of k rows.
+
+        Parameters
+        ----------
+        hidden: (k, H); memory: (k, M), as of `now_ms` (k,), the time of each row's last event.
+        """
+        parts = [hidden]
+        statistics = memory[:, self._statistics]
+        parts.append(np.copysign(np.log1p(np.abs(statistics)), statistics))
+        for where in self._sketches:
+            sketch = memory[:, where]
+            length = np.sqrt(np.square(sketch, dtype=np.float64).sum(axis=1, keepdims=True))
+            parts.append((sketch / np.maximum(length, 1e-6)).astype(np.float32))
+        if len(self._times):
+            high = memory[:, self._times].astype(np.float64)
+            time_ms = high * 2.0**24 + memory[:, self._times + 1]
+            seen = time_ms > 0
+            hours = np.where(seen, np.maximum(now_ms[:, None] - time_ms, 0.0) / 3_600_000.0, 0.0)
+            pairs = np.stack([np.log1p(hours), seen], axis=2).astype(np.float32)
+            parts.append(pairs.reshape(len(memory), -1))
+        return np.concatenate(parts, axis=1).astype(np.float32, copy=False)
+
+
+def _slot_names(layout: Layout, name: str, by: str | None, modality: str) -> list[str]:
+    if by is None:
+        return [name]
+    values = layout.settings.modalities[modality].fields[by].values
+    return [f"{name}[{value}]" for value in (*values, "other")]
+
+
+class TaskInputs:
+    """What a task's head sees of the event that asks for the prediction: the fields named in `inputs`.
+
+    A number is read through a signed logarithm, a category as one column for each declared value.
+    """
+
+    def __init__(self, layout: Layout, task: Task) -> None:
+        modality = layout.schema.by_name[task.on]
+        self._modality = modality.index
+        fields = layout.settings.modalities[task.on].fields
+        self._numbers = [(modality.number_fields[n]) for n in task.inputs if fields[n].type == "number"]
+        self._categories = [
+            (modality.category_fields[n], ValueTable([v.encode() for v in fields[n].values]))
+            for n in task.inputs
+            if fields[n].type == "category"
+        ]
+        self.names = (
+            *(n for n in task.inputs if fields[n].type == "number"),
+            *(f"{n}={v}" for n in task.inputs if fields[n].type == "category" for v in fields[n].values),
+        )
+
+    def values(self, columns: EventColumns, event: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(k, inputs) for the events at indices `event` (k,) of the batch; absent fields are zero."""
+        parts: list[NDArray[np.float32]] = []
+        if self._numbers:
+            numbers = np.nan_to_num(columns.numbers[event][:, self._numbers], nan=0.0)
+            parts.append(np.copysign(np.log1p(np.abs(numbers)), numbers).astype(np.float32))
+        for column, table in self._categories:
+            code = np.full(len(columns.modality), -1, np.int32)
+            table.lookup(
+                columns.modality, self._modality, column, columns.text, columns.category_start,
+                columns.category_length, columns.category_hash, -1, code,
+            )  # fmt: skip
+            parts.append((code[event][:, None] == np.arange(len(table))).astype(np.float32))
+        if not parts:
+            return np.zeros((len(event), 0), np.float32)
+        return np.concatenate(parts, axis=1)

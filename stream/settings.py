@@ -162,8 +162,15 @@ class Task(_Section, frozen=True):
     on: Name
     kind: Literal["binary"] = "binary"
     head: Literal["logistic"] = "logistic"
+    #: When a label is learned: once its feedback's window has closed, since positives known early are a biased
+    #: sample, or as it comes. Feedback without a window is learned at once.
+    labels: Literal["closed", "as_they_come"] = "closed"
     #: Prior variance of each weight of the Bayesian logistic head (inputs are standardised).
     prior_variance: Annotated[float, Meta(gt=0, le=100)] = 0.01
+    #: The same for weights on hidden state and sketches, whose many columns say little each; by default a tenth.
+    state_prior_variance: Annotated[float, Meta(gt=0, le=100)] | None = None
+    #: The same for the bias.
+    bias_variance: Annotated[float, Meta(gt=0, le=1000)] = 4.0
     #: Standardise inputs by this many first examples, labelled or not; nothing is learned before.
     standardise_after: Annotated[int, Meta(ge=2)] = 500
     #: Fields of `on` that the head sees: numbers, and categories with declared `values` (one input each).

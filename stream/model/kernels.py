@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numba import njit
 
-__all__ = ["advance", "assemble", "copy_rows", "plan", "scatter_hidden"]
+__all__ = ["advance", "assemble", "copy_rows", "expiry_parts", "plan", "scatter_hidden"]
 
 _TIME_BASE = 16777216.0  # 2**24: the largest power below which float32 holds every integer
 _LARGEST = 1e15  # a sum of amounts beyond this could overflow float32 and poison its row
@@ -262,3 +262,40 @@ def scatter_hidden(source, rows, slots, columns, vectors):  # type: ignore[no-un
     for i in range(rows.shape[0]):
         for k in range(columns):
             vectors[slots[i], k] = source[rows[i], k]
+
+
+@njit(cache=True, nogil=True)
+def expiry_parts(client, timestamps, is_new, seen, last_event_ms, watermark_ms, ttl_ms):  # type: ignore[no-untyped-def]
+    """Where rows expire within a batch, as if its events came one at a time.
+
+    `client` (n,) numbers the clients of the batch; `is_new` (n,) is false for events their rows have applied;
+    `seen` and `last_event_ms` are the rows' as they are before the batch. An event moves the watermark first, then
+    its row is expired if it was last updated `ttl_ms` or longer before.
+
+    Returns (n,) arrays: the part of the batch each event belongs to (a part ends where a row expires that has an
+    earlier event in it), whether the event's row expires right before it, and the watermark then.
+    """
+    n = client.shape[0]
+    part = np.zeros(n, np.int64)
+    expires = np.zeros(n, np.bool_)
+    watermark = np.empty(n, np.int64)
+    alive = seen.copy()
+    last = last_event_ms.copy()
+    last_part = np.full(seen.shape[0], -1, np.int64)
+    current = 0
+    for i in range(n):
+        watermark_ms = max(watermark_ms, timestamps[i])
+        watermark[i] = watermark_ms
+        c = client[i]
+        if is_new[i]:
+            if alive[c] and watermark_ms - last[c] >= ttl_ms:
+                expires[i] = True
+                if last_part[c] == current:
+                    current += 1
+                last[c] = timestamps[i]
+            elif not alive[c] or timestamps[i] > last[c]:
+                last[c] = timestamps[i]
+            alive[c] = True
+            last_part[c] = current
+        part[i] = current
+    return part, expires, watermark

@@ -1,0 +1,113 @@
+"""The checkpoint: the only place where rows, changelog and input positions meet.
+
+Steps, in this order, for one partition:
+
+1. Note the position and freeze the set of changed rows.
+2. Write them to the changelog in slices, letting the event loop run between slices.
+3. Wait until every embedding and dead letter of events below the position is confirmed.
+4. Commit the changelog transaction (rows and position together). A worker that lost the partition fails here.
+5. Write the same rows, the position and the changelog's offset to the local database, in one batch.
+6. Commit the position to the consumer group.
+
+A crash between any two steps leaves rows that are at or ahead of the committed position; each says up to which
+offset it is, so replayed events are skipped by exactly the rows that have them. A step that fails ends the
+checkpoint: nothing after it happens, and the rows stay due for the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import msgpack
+
+from stream.changelog import ChangelogWriter, PartitionMeta
+from stream.partition import Partition
+
+__all__ = ["META_NAME", "Completed", "LocalMeta", "run_checkpoint"]
+
+#: Where the local database keeps what belongs to the partition.
+META_NAME = "partition"
+_SLICE_SECONDS = 0.004
+_SLICE_ROWS = 256
+
+
+@dataclass(frozen=True)
+class LocalMeta:
+    """What the local database knows beside rows: the partition's record and the changelog offset after it."""
+
+    partition: PartitionMeta
+    changelog_offset: int
+
+    def encode(self) -> bytes:
+        """MessagePack list of the two."""
+        packed: bytes = msgpack.packb([self.partition.encode(), self.changelog_offset])
+        return packed
+
+    @classmethod
+    def decode(cls, data: bytes) -> LocalMeta:
+        """Inverse of `encode`."""
+        partition, offset = msgpack.unpackb(data)
+        return cls(PartitionMeta.decode(partition), int(offset))
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A finished checkpoint."""
+
+    position: int
+    rows: int
+    seconds: float
+
+
+async def run_checkpoint(
+    partition: Partition,
+    writer: ChangelogWriter,
+    *,
+    trunk: str,
+    layout: str,
+    flush_outputs: Callable[[], None],
+    commit_position: Callable[[int], Awaitable[bool]],
+    executor: Executor,
+    timeout_s: float,
+) -> Completed:
+    """Run the steps above.
+
+    Parameters
+    ----------
+    flush_outputs: blocks until embeddings and dead letters produced so far are confirmed; runs on `executor`.
+    commit_position: commits the next input offset to the group.
+    timeout_s: how long the changelog's commit may take.
+
+    Raises
+    ------
+    Fenced: another worker owns the partition now.
+    BrokerError: the broker did not confirm; the checkpoint can be tried again.
+    """
+    loop = asyncio.get_running_loop()
+    started = time.perf_counter()
+    position = partition.position
+    meta = PartitionMeta(position, partition.store.watermark_ms, trunk, layout)
+    pending = partition.store.checkpoint()
+    rows = 0
+    try:
+        writer.begin()
+        slice_began = time.perf_counter()
+        for keys, encoded in pending.slices(_SLICE_ROWS):
+            writer.write(keys, encoded)
+            rows += len(keys)
+            if time.perf_counter() - slice_began > _SLICE_SECONDS:
+                await asyncio.sleep(0)
+                slice_began = time.perf_counter()
+        await loop.run_in_executor(executor, flush_outputs)
+        offset = await loop.run_in_executor(executor, writer.commit, meta, timeout_s)
+        await loop.run_in_executor(executor, pending.commit, {META_NAME: LocalMeta(meta, offset).encode()})
+    except BaseException:
+        pending.abandon()
+        writer.abort()
+        raise
+    await commit_position(position)
+    return Completed(position, rows, time.perf_counter() - started)

@@ -1,0 +1,503 @@
+"""The serving worker: a Faust app that owns partitions, restores, applies, publishes and checkpoints them.
+
+Guaranteed: an event is applied to its row exactly once and in offset order, through crashes and rebalances; a
+partition's stream does not resume before its rows are restored; parameters change between micro-batches only.
+Not guaranteed: exactly-once embeddings. After a crash some are published again, with the same offset.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faust
+import numpy as np
+import torch
+from faust.types import TP
+
+from stream.changelog import ChangelogWriter
+from stream.checkpoint import run_checkpoint
+from stream.errors import BrokerError, Fenced, LivestateError, ParametersError, StoreError
+from stream.kafka import ensure_topics, wait_until_reachable
+from stream.metrics import WorkerMetrics
+from stream.model.engine import Engine
+from stream.model.heads import Questions
+from stream.model.layout import Layout
+from stream.model.parameters import ParameterSet
+from stream.outputs import Outputs
+from stream.parameter_log import Marker, ParameterReader
+from stream.partition import Applied, Partition, Served
+from stream.partitioner import partition_of
+from stream.query import ClientView, Health, QueryServer
+from stream.restore import restore_partition
+from stream.settings import Settings
+from stream.store import PackedKeys
+from stream.transport import BlockConsumer, BlockSchema, BlockTransport, FetchedBlock
+from stream.wire import EmbeddingEncoder, EventDecoder, Schema
+
+__all__ = ["Worker", "run_worker"]
+
+logger = logging.getLogger(__name__)
+
+_COMMIT_TIMEOUT_S = 60.0
+_SWEEP_INTERVAL_S = 0.1
+_SWEEP_BUDGET_MS = 4.0
+
+
+@dataclass
+class _Owned:
+    """A partition while this worker serves it."""
+
+    partition: Partition
+    writer: ChangelogWriter
+    #: Held while a checkpoint of it runs, so that two never overlap.
+    lock: asyncio.Lock
+
+
+class _App(faust.App):
+    def _new_transport(self) -> Any:
+        return BlockTransport(self.conf.broker_consumer, self)
+
+
+class Worker:
+    """One serving worker process.
+
+    Parameters
+    ----------
+    settings: as read.
+    metrics: where to count; a registry of its own by default.
+    """
+
+    def __init__(self, settings: Settings, metrics: WorkerMetrics | None = None) -> None:
+        self.settings = settings
+        self.metrics = metrics or WorkerMetrics()
+        self.schema = Schema.compile(settings)
+        self.layout = Layout.compile(settings, self.schema)
+        self._questions = Questions(self.layout)
+        width = self._questions.readout.width if settings.model.vector == "features" else self.layout.hidden
+        self._decoder = EventDecoder(self.schema, settings.limits, settings.topics.format)
+        self._encoder = EmbeddingEncoder(width, list(settings.tasks))
+        self._served: Served | None = None
+        self._marker: Marker | None = None
+        self._owned: dict[int, _Owned] = {}
+        self._failure: BaseException | None = None
+        self._restored = False
+        self._executor = ThreadPoolExecutor(max_workers=4, thread_name_prefix="checkpoint")
+        self._parameters = ParameterReader(settings)
+        self._outputs = Outputs(settings)
+        self._torn_seen = 0
+        self.app = self._make_app()
+        self._query = QueryServer(
+            settings.worker.http_host,
+            settings.worker.http_port,
+            self.metrics.registry,
+            self.health,
+            self.view,
+        )
+
+    # ---------------------------------------------------------------- the Faust app
+
+    def _make_app(self) -> _App:
+        settings = self.settings
+        servers = settings.kafka.bootstrap_servers.replace(",", ";kafka://")
+        app = _App(
+            f"{settings.kafka.group}-workers",
+            broker=f"kafka://{servers}",
+            broker_max_poll_records=settings.worker.batch_records,
+            broker_session_timeout=settings.kafka.session_timeout_s,
+            broker_heartbeat_interval=settings.kafka.session_timeout_s / 5.0,
+            broker_request_timeout=max(60.0, settings.kafka.session_timeout_s + 5.0),
+            broker_commit_livelock_soft_timeout=24 * 3600.0,
+            stream_processing_timeout=24 * 3600.0,
+            consumer_auto_offset_reset="earliest",
+            consumer_max_fetch_size=max(1_048_576, 2 * settings.limits.record_bytes),
+            stream_buffer_maxsize=4,
+            stream_wait_empty=False,
+            topic_disable_leader=True,
+            topic_allow_declare=False,
+            web_enabled=False,
+            store="memory://",
+            datadir=str(Path(settings.worker.data_dir) / "faust"),
+        )
+        events = app.topic(settings.topics.events, schema=BlockSchema(), acks=False)
+
+        async def advance_states(stream: Any) -> None:
+            async for block in stream:
+                try:
+                    await self._take(block)
+                except Exception as error:
+                    self._fail(error)
+                    raise
+
+        app.agent(events, name="advance_states")(advance_states)
+        app.on_rebalance_complete.connect(self._on_assigned)
+        app.on_partitions_revoked.connect(self._on_revoked)
+        return app
+
+    @property
+    def _consumer(self) -> BlockConsumer:
+        consumer: BlockConsumer = self.app.consumer
+        return consumer
+
+    def _fail(self, error: BaseException) -> None:
+        """Remember the first failure; the process stops for it."""
+        if self._failure is None:
+            self._failure = error
+            if not isinstance(error, LivestateError):
+                logger.exception("worker failed", exc_info=error)
+
+    # ---------------------------------------------------------------- parameters
+
+    def _swap_parameters(self) -> None:
+        """Between micro-batches: serve the latest whole version."""
+        staged = self._parameters.staged
+        if staged is None or (self._served is not None and staged[0].version <= self._served.version):
+            return
+        parameters, marker = staged
+        if self._served is None:
+            engine = Engine(self.layout, parameters)
+            tile = engine.cell.self_check(np.random.default_rng(0))
+            logger.info("trunk %s, matrix tiles of %d rows", engine.trunk_id, tile)
+        elif parameters.trunk_id != self._served.engine.trunk_id:
+            raise ParametersError(
+                f"version {parameters.version} has another trunk ({parameters.trunk_id}) than the states here "
+                f"({self._served.engine.trunk_id}): states of two trunks cannot be mixed; start with new changelog "
+                f"and embeddings topics, a new kafka.group and an empty worker.data_dir"
+            )
+        else:
+            engine = self._served.engine
+        self._served = Served(engine, self._questions, self._questions.heads(parameters), parameters.version)
+        self._marker = marker
+        self._note_version(parameters, marker)
+
+    def _note_version(self, parameters: ParameterSet, marker: Marker) -> None:
+        metrics, now = self.metrics, time.time()
+        metrics.version.set(parameters.version)
+        metrics.version_time.set(marker.created_ms / 1000.0)
+        metrics.versions_applied.inc()
+        for published_ms in marker.feedback_ms:
+            metrics.feedback_to_served.observe(max(0.0, now - published_ms / 1000.0))
+
+    async def _wait_for_parameters(self) -> Served:
+        while self._served is None:
+            if self._parameters.error is not None:
+                raise BrokerError(f"parameters cannot be read: {self._parameters.error}")
+            self._swap_parameters()
+            if self._served is None:
+                await asyncio.sleep(0.05)
+        return self._served
+
+    async def _follow_parameters(self) -> None:
+        """Swap also while no events come, so that the version served is never older than it need be."""
+        while True:
+            await asyncio.sleep(0.02)
+            if self._parameters.error is not None:
+                raise BrokerError(f"parameters cannot be read: {self._parameters.error}")
+            if self._served is not None:
+                self._swap_parameters()
+            torn = self._parameters.torn
+            self.metrics.versions_torn.inc(torn - self._torn_seen)
+            self._torn_seen = torn
+
+    # ---------------------------------------------------------------- ownership
+
+    async def _on_assigned(self, *_: Any, **__: Any) -> None:
+        """Restore the partitions assigned; Faust resumes the streams when this returns."""
+        try:
+            served = await self._wait_for_parameters()
+            numbers = sorted({tp.partition for tp in self._consumer.assignment() if self._is_events(tp)})
+            self.metrics.rebalances.inc()
+            loop = asyncio.get_running_loop()
+            missing = [number for number in numbers if number not in self._owned]
+            restored = await asyncio.gather(
+                *(
+                    loop.run_in_executor(self._executor, self._restore, number, served.engine.trunk_id)
+                    for number in missing
+                ),
+                return_exceptions=True,
+            )
+            for number, result in zip(missing, restored, strict=True):
+                if not isinstance(result, BaseException):
+                    self._owned[number] = result
+            for result in restored:
+                if isinstance(result, BaseException):
+                    raise result
+            self._consumer.start_positions = self._start_positions
+            self.metrics.partitions.set(len(self._owned))
+            self._restored = True
+            logger.info("serving partitions %s", numbers)
+        except Exception as error:
+            self._fail(error)
+            raise
+
+    def _is_events(self, tp: TP) -> bool:
+        return str(tp.topic) == self.settings.topics.events
+
+    def _start_positions(self, assignment: Iterable[TP]) -> Mapping[TP, int]:
+        return {
+            tp: self._owned[tp.partition].partition.position
+            for tp in assignment
+            if self._is_events(tp) and tp.partition in self._owned
+        }
+
+    def _restore(self, number: int, trunk: str) -> _Owned:
+        restored = restore_partition(
+            self.settings, number, width=self.layout.width, trunk=trunk, layout=self.layout.fingerprint
+        )
+        self.metrics.restored_rows.inc(restored.rows)
+        self.metrics.restore_seconds.observe(restored.seconds)
+        logger.info(
+            "partition %d restored: %d rows from the changelog in %.2f s", number, restored.rows, restored.seconds
+        )
+        partition = Partition(number, restored.store, restored.position, self._decoder, self._encoder)
+        return _Owned(partition, restored.writer, asyncio.Lock())
+
+    async def _on_revoked(self, *_: Any, **__: Any) -> None:
+        """Checkpoint what is owned, within the time budget, and let go of it."""
+        await self._release()
+
+    async def _release(self) -> None:
+        owned, self._owned = self._owned, {}
+        self._restored = False
+        self.metrics.partitions.set(0)
+        budget = self.settings.kafka.session_timeout_s * 0.5
+        for number, one in owned.items():
+            try:
+                await asyncio.wait_for(self._checkpoint(one, budget), timeout=budget + 1.0)
+            except (LivestateError, TimeoutError) as error:
+                # What is not checkpointed here is replayed by the next owner from the last checkpoint.
+                logger.warning("partition %d is given up without a last checkpoint: %s", number, error)
+            finally:
+                one.writer.abort()
+                one.partition.store.close()
+
+    # ---------------------------------------------------------------- events
+
+    async def _take(self, block: FetchedBlock) -> None:
+        owned = self._owned.get(block.partition)
+        if owned is None or self._served is None:
+            return
+        partition = owned.partition
+        if not partition.follows(block):
+            tp = TP(self.settings.topics.events, block.partition)
+            logger.info("partition %d: reading again from %d", block.partition, partition.position)
+            self._consumer.seek_block(tp, partition.position)
+            return
+        self._swap_parameters()
+        started = time.perf_counter()
+        applied = partition.apply(block, self._served)
+        self._publish(block, applied)
+        self._count(block, applied, time.perf_counter() - started)
+        if self._failure is not None:
+            raise self._failure
+
+    def _publish(self, block: FetchedBlock, applied: Applied) -> None:
+        self._outputs.embeddings(block.partition, applied.keys, applied.embeddings)
+        if applied.rejected:
+            self._outputs.dead_letters(block.partition, block.records, applied.rejected)
+            for rejected in applied.rejected:
+                self.metrics.dead_letters.labels(rejected.reason).inc()
+
+    def _count(self, block: FetchedBlock, applied: Applied, seconds: float) -> None:
+        metrics = self.metrics
+        metrics.events.inc(applied.events)
+        metrics.replayed.inc(applied.replayed)
+        metrics.embeddings.inc(len(applied.embeddings))
+        metrics.batch_events.observe(len(block.records))
+        metrics.batch_seconds.observe(seconds)
+        metrics.batch_waves.observe(applied.waves)
+        metrics.latency.observe(max(0.0, time.time() - int(block.records.timestamps_ms[0]) / 1000.0))
+        end = self._consumer.highwater_or_none(TP(self.settings.topics.events, block.partition))
+        if end is not None:
+            metrics.lag.labels(str(block.partition)).set(max(0, end - block.end))
+        owned = self._owned.get(block.partition)
+        if owned is not None:
+            metrics.rows.labels(str(block.partition)).set(len(owned.partition.store))
+
+    # ---------------------------------------------------------------- checkpoints
+
+    async def _checkpoint(self, owned: _Owned, timeout_s: float) -> None:
+        served = self._served
+        if served is None:
+            return
+        tp = TP(self.settings.topics.events, owned.partition.number)
+
+        async def commit_position(position: int) -> bool:
+            return await self._consumer.commit_positions({tp: position})
+
+        async with owned.lock:
+            try:
+                done = await run_checkpoint(
+                    owned.partition,
+                    owned.writer,
+                    trunk=served.engine.trunk_id,
+                    layout=self.layout.fingerprint,
+                    flush_outputs=self._outputs.flush,
+                    commit_position=commit_position,
+                    executor=self._executor,
+                    timeout_s=timeout_s,
+                )
+            except LivestateError:
+                self.metrics.checkpoint_failures.inc()
+                raise
+        self.metrics.checkpoints.inc()
+        self.metrics.checkpoint_rows.inc(done.rows)
+        self.metrics.checkpoint_seconds.observe(done.seconds)
+
+    async def _checkpoint_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.worker.checkpoint_interval_s)
+            for number, owned in list(self._owned.items()):
+                if self._owned.get(number) is not owned:
+                    continue
+                try:
+                    await self._checkpoint(owned, _COMMIT_TIMEOUT_S)
+                except Fenced as error:
+                    # Another worker owns it; the group will tell this one in its next rebalance.
+                    logger.warning("%s", error)
+                    self._owned.pop(number, None)
+                    owned.partition.store.close()
+                except BrokerError as error:
+                    if owned.writer.is_broken or self._outputs.failure is not None:
+                        raise
+                    logger.warning("checkpoint of partition %d is tried again later: %s", number, error)
+
+    async def _sweep_regularly(self) -> None:
+        """End expired rows in short slices, and delete their embeddings."""
+        while True:
+            await asyncio.sleep(_SWEEP_INTERVAL_S)
+            for number, owned in list(self._owned.items()):
+                ended = owned.partition.sweep(_SWEEP_BUDGET_MS)
+                if ended:
+                    self._outputs.embeddings(number, ended, [None] * len(ended))
+                    self.metrics.expired.inc(len(ended))
+                await asyncio.sleep(0)
+
+    # ---------------------------------------------------------------- for HTTP
+
+    def health(self) -> Health:
+        """Whether this worker lives and whether it is ready, with the reason when it is not."""
+        reasons = []
+        if self._served is None:
+            reasons.append("no parameters yet: is the trainer running?")
+        if not self._restored:
+            reasons.append("partitions are being assigned and restored")
+        return Health(
+            live=self._failure is None,
+            reasons=tuple(reasons),
+            status={
+                "partitions": sorted(self._owned),
+                "parameter_version": None if self._served is None else self._served.version,
+                "positions": {str(n): o.partition.position for n, o in sorted(self._owned.items())},
+            },
+        )
+
+    def view(self, client_id: bytes) -> ClientView | None:
+        """A client's row as it is now; None if this worker has none."""
+        owned = self._owned.get(partition_of(client_id, self.settings.topics.partitions))
+        served = self._served
+        if owned is None or served is None:
+            return None
+        found = owned.partition.store.lookup(PackedKeys.from_list([client_id]))
+        if not found.found[0]:
+            return None
+        hidden = found.vectors[:, : self.layout.hidden]
+        vector = hidden
+        if self.settings.model.vector == "features":
+            vector = self._questions.readout.features(
+                hidden, found.vectors[:, self.layout.hidden :], found.last_event_ms
+            )
+        return ClientView(
+            client_id=client_id.decode(),
+            events_seen=int(found.events_seen[0]),
+            timestamp_ms=int(found.last_event_ms[0]),
+            offset=int(found.applied_offset[0]),
+            parameter_version=served.version,
+            vector=vector[0],
+        )
+
+    # ---------------------------------------------------------------- life
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT, then checkpoint and leave the group.
+
+        Raises
+        ------
+        LivestateError: what stopped the worker, if not a signal.
+        """
+        loop = asyncio.get_running_loop()
+        stopping = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopping.set)
+        self.app.finalize()
+        self._parameters.start()
+        await self._query.start()
+        background = [
+            asyncio.create_task(self._follow_parameters()),
+            asyncio.create_task(self._checkpoint_regularly()),
+            asyncio.create_task(self._sweep_regularly()),
+        ]
+        try:
+            await self.app.maybe_start()
+            while not stopping.is_set():
+                with_failure = [task for task in background if task.done()]
+                for task in with_failure:
+                    self._fail(task.exception() or RuntimeError("a background task ended"))
+                if self._failure is None and self.app.crashed:
+                    self._fail(self.app.crash_reason or RuntimeError("the Faust app crashed"))
+                if self._failure is not None:
+                    break
+                try:
+                    await asyncio.wait_for(stopping.wait(), timeout=0.2)
+                except TimeoutError:
+                    continue
+        finally:
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
+            if self._failure is None:
+                await self._stop_flow()
+                await self._release()
+            await self._leave()
+            await self._query.stop()
+            self._parameters.stop()
+            self._executor.shutdown(wait=False, cancel_futures=True)
+        if self._failure is not None:
+            raise self._failure
+
+    async def _stop_flow(self) -> None:
+        """No more blocks reach the agent, so that the last checkpoint is the last."""
+        self._consumer.stop_flow()
+        self.app.flow_control.suspend()
+        self.app.flow_control.clear()
+
+    async def _leave(self) -> None:
+        try:
+            await asyncio.wait_for(self.app.stop(), timeout=self.settings.worker.stop_timeout_s)
+        except TimeoutError:
+            logger.warning("the group was not left in time; the broker will notice the silence")
+
+
+def run_worker(settings: Settings, broker_timeout_s: float = 30.0) -> None:
+    """Run a worker in this process until it is told to stop.
+
+    Raises
+    ------
+    LivestateError: it cannot start or go on; the message says why.
+    """
+    torch.set_num_threads(1)
+    data_dir = Path(settings.worker.data_dir)
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"worker.data_dir = {str(data_dir)!r} cannot be made: {error.strerror}") from error
+    wait_until_reachable(settings, broker_timeout_s)
+    ensure_topics(settings, create=False)
+    asyncio.run(Worker(settings).run())

@@ -1,0 +1,61 @@
+"""Fixtures that every part of the suite may use: real brokers and ports nobody else uses."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stream.broker import ApacheBroker, Broker, EmbeddedBroker
+
+BESIDE = Path(__file__).resolve().parents[2] / "shared" / "kafka"
+
+
+def apache_home() -> Path:
+    """The Apache Kafka distribution to test on; skips where there is none, and fails in CI."""
+    home = Path(os.environ["KAFKA_HOME"]) if os.environ.get("KAFKA_HOME") else BESIDE
+    if not (home / "bin" / "kafka-server-start.sh").is_file() or shutil.which("java") is None:
+        text = "Apache Kafka is not here: set KAFKA_HOME to a distribution and install Java 17"
+        if os.environ.get("CI") == "true":
+            pytest.fail(text)
+        pytest.skip(text)
+    return home
+
+
+@pytest.fixture(scope="session")
+def embedded_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """One running embedded broker for the session; tests take topics of their own."""
+    with EmbeddedBroker(tmp_path_factory.mktemp("embedded")) as broker:
+        yield broker
+
+
+@pytest.fixture(scope="session")
+def apache_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """One running Apache Kafka node for the session; tests take topics of their own."""
+    with ApacheBroker(
+        apache_home(),
+        tmp_path_factory.mktemp("apache"),
+        # Tests kill workers: nobody should wait long until the group notices.
+        properties={"group.min.session.timeout.ms": "1000"},
+    ) as broker:
+        yield broker
+
+
+@pytest.fixture(params=["embedded", "apache"])
+def broker(request: pytest.FixtureRequest) -> Broker:
+    """Each kind of broker in turn."""
+    running: Broker = request.getfixturevalue(f"{request.param}_broker")
+    return running
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that nobody listened on a moment ago."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port

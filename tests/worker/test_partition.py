@@ -1,0 +1,152 @@
+"""A partition's rows and embeddings do not depend on how its input is cut into blocks, expiry included."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stream.model.engine import Engine
+from stream.model.heads import Questions
+from stream.model.layout import Layout
+from stream.partition import Partition, Served
+from stream.store import EmbeddingStore, StoreOptions
+from stream.transport import FetchedBlock
+from stream.wire import EmbeddingEncoder, EventDecoder, RecordBlock, Schema, decode_embedding, encode_event
+from tests.support.settings import small_settings
+from tests.support.trunk import random_head, random_trunk
+
+SETTINGS = small_settings()
+SCHEMA = Schema.compile(SETTINGS)
+LAYOUT = Layout.compile(SETTINGS, SCHEMA)
+QUESTIONS = Questions(LAYOUT)
+PARAMETERS = random_trunk(LAYOUT).updated(random_head("accepted", QUESTIONS.tasks[0].width), 7)
+SERVED = Served(Engine(LAYOUT, PARAMETERS), QUESTIONS, QUESTIONS.heads(PARAMETERS), 7)
+START_MS = 1_600_000_000_000
+TTL_MS = 60_000
+
+Drawn = list[tuple[int, int, bool]]
+drawn_events = st.lists(
+    st.tuples(st.integers(0, 4), st.one_of(st.integers(0, 20_000), st.integers(-90_000, 120_000)), st.booleans()),
+    min_size=1,
+    max_size=60,
+)
+
+
+def _partition(ttl_ms: int | None) -> Partition:
+    store = EmbeddingStore.open(None, StoreOptions(width=LAYOUT.width, ttl_ms=ttl_ms))
+    decoder = EventDecoder(SCHEMA, SETTINGS.limits, "msgpack")
+    return Partition(0, store, 0, decoder, EmbeddingEncoder(LAYOUT.hidden, ["accepted"]))
+
+
+def _records(drawn: Drawn) -> tuple[list[bytes], list[bytes]]:
+    keys, values, at = [], [], START_MS
+    for client, step, is_offer in drawn:
+        at = max(1, at + step)
+        keys.append(str(client).encode())
+        fields: dict[str, str | float] = {"product": "loan"} if is_offer else {"amount": 3.0, "merchant": "fuel"}
+        values.append(encode_event(str(client), at, "offer" if is_offer else "pay", fields))
+    return keys, values
+
+
+def _run(
+    keys: list[bytes], values: list[bytes], bounds: list[int], ttl_ms: int | None
+) -> tuple[dict[bytes, tuple[bytes, int, int, int]], dict[tuple[bytes, int], tuple[bytes, float | None]]]:
+    partition = _partition(ttl_ms)
+    seen: dict[tuple[bytes, int], tuple[bytes, float | None]] = {}
+    for begin, end in itertools.pairwise(bounds):
+        offsets = np.arange(begin, end)
+        block = RecordBlock.from_lists(keys[begin:end], values[begin:end], offsets, np.full(end - begin, 10**13))
+        applied = partition.apply(FetchedBlock(0, begin, block), SERVED)
+        for key, value in zip(applied.keys, applied.embeddings, strict=True):
+            e = decode_embedding(value)
+            seen[key, e.offset] = (e.vector.tobytes(), e.predictions.get("accepted"))
+    distinct = sorted(set(keys))
+    found = partition.store.lookup(distinct)
+    rows = {
+        key: (
+            found.vectors[i].tobytes(),
+            int(found.events_seen[i]),
+            int(found.last_event_ms[i]),
+            int(found.applied_offset[i]),
+        )
+        for i, key in enumerate(distinct)
+        if found.found[i]
+    }
+    partition.store.close()
+    return rows, seen
+
+
+@settings(max_examples=120, deadline=None)
+@given(drawn_events, st.lists(st.integers(0, 60), max_size=5), st.booleans())
+def test_cutting_differently_changes_no_row_and_no_embedding(drawn: Drawn, cuts: list[int], expire: bool) -> None:
+    # Given events of few clients that jump in time, so that rows expire within a batch
+    keys, values = _records(drawn)
+    n, ttl = len(drawn), TTL_MS if expire else None
+    # When they are applied one at a time, in one block, and cut anywhere
+    single_rows, single_seen = _run(keys, values, list(range(n + 1)), ttl)
+    for bounds in ([0, n], sorted({0, n, *(min(c, n) for c in cuts)})):
+        rows, seen = _run(keys, values, bounds, ttl)
+        # Then rows are equal bit for bit, and every embedding that was published is the one of that event
+        assert rows == single_rows
+        assert seen.items() <= single_seen.items()
+        # And every prediction that was asked for was published
+        assert {at for at, (_, p) in single_seen.items() if p is not None} == {
+            at for at, (_, p) in seen.items() if p is not None
+        }
+
+
+def test_a_returning_client_starts_from_zero() -> None:
+    # Given a client with two events, whose time to live passes by another client's event
+    steps: Drawn = [(1, 0, False), (1, 1000, False), (2, TTL_MS, False), (1, 0, False)]
+    keys, values = _records(steps)
+    # When it comes back in the same block
+    rows, _ = _run(keys, values, [0, 4], TTL_MS)
+    fresh, _ = _run(keys[3:], values[3:], [0, 1], TTL_MS)
+    # Then its row is that of a new client, counts included
+    assert rows[b"1"][:3] == fresh[b"1"][:3]
+    assert rows[b"1"][1] == 1
+
+
+def test_a_block_that_does_not_follow_is_recognised() -> None:
+    partition = _partition(None)
+    keys, values = _records([(0, 0, False)] * 3)
+    block = RecordBlock.from_lists(keys, values, [5, 6, 7], [10**13] * 3)
+    assert not partition.follows(FetchedBlock(0, 5, block))
+    assert partition.follows(FetchedBlock(0, 0, block))
+    partition.apply(FetchedBlock(0, 0, block), SERVED)
+    assert partition.position == 8
+
+
+def test_replayed_events_publish_their_clients_again() -> None:
+    # Given a partition that has applied a block
+    partition = _partition(None)
+    keys, values = _records([(0, 0, False), (1, 5, False), (0, 5, True)])
+    block = RecordBlock.from_lists(keys, values, [0, 1, 2], [10**13] * 3)
+    first = partition.apply(FetchedBlock(0, 0, block), SERVED)
+    # When the same block comes again
+    again = partition.apply(FetchedBlock(0, 3, block), SERVED)
+    # Then nothing is applied, and the states are published once more with the same offsets
+    assert (again.events, again.replayed) == (0, 3)
+    states = {e.client_id: (e.offset, e.vector.tobytes()) for e in map(decode_embedding, again.embeddings)}
+    assert states == {e.client_id: (e.offset, e.vector.tobytes()) for e in map(decode_embedding, first.embeddings)}
+
+
+def test_served_features_can_replace_the_hidden_state() -> None:
+    configured = small_settings(MODEL__VECTOR="features")
+    layout = Layout.compile(configured, SCHEMA)
+    questions = Questions(layout)
+    served = Served(Engine(layout, PARAMETERS), questions, {}, 1)
+    store = EmbeddingStore.open(None, StoreOptions(width=layout.width))
+    encoder = EmbeddingEncoder(questions.readout.width, ["accepted"])
+    partition = Partition(0, store, 0, EventDecoder(SCHEMA, configured.limits, "msgpack"), encoder)
+    keys, values = _records([(0, 0, False)])
+    block = RecordBlock.from_lists(keys, values, [0], [10**13])
+    (record,) = partition.apply(FetchedBlock(0, 0, block), served).embeddings
+    vector = decode_embedding(record).vector
+    assert vector.shape == (questions.readout.width,)
+    at = questions.readout.names.index("payments")
+    assert vector[at] == pytest.approx(np.log1p(1.0))

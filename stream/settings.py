@@ -78,6 +78,8 @@ class Topics(_Section, frozen=True):
     replication: Count = 1
     #: How a record without a `content-type` header is read.
     format: Literal["msgpack", "json"] = "msgpack"
+    #: How embeddings are written. JSON is for consumers that cannot read MessagePack; it costs more.
+    embeddings_format: Literal["msgpack", "json"] = "msgpack"
 
 
 class Limits(_Section, frozen=True):

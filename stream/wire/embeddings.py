@@ -2,9 +2,10 @@
 
 A record is a MessagePack map: `client_id` (text), `timestamp_ms`, `offset`, `parameter_version`,
 `events_seen` (integers), `vector` (binary, float32 little-endian), `predictions` (map from task to float32).
-Any MessagePack library reads it. A task without a prediction is left out of the map.
+Any MessagePack library reads it. A task without a prediction is left out of the map. As JSON, where the settings
+ask for it, the names are the same and `vector` is a list of numbers.
 
-Guarantees: vectors and predictions arrive bit for bit. Not checked when encoding: that keys are UTF-8, as
+Guarantees: vectors and predictions arrive bit for bit, as JSON too. Not checked when encoding: that keys are UTF-8, as
 the ids of accepted events are.
 """
 
@@ -22,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from stream.store.keys import PackedKeys
 from stream.wire import checks
 from stream.wire.embedding_kernel import encode_embeddings, record_bound
-from stream.wire.formats import MAX_MEMBERS, read_map
+from stream.wire.formats import MAX_MEMBERS, Format, read_map
 from stream.wire.reasons import WRONG_TYPE, refusal
 
 __all__ = ["Embedding", "EmbeddingEncoder", "decode_embedding"]
@@ -61,18 +62,19 @@ class Embedding:
 class EmbeddingEncoder:
     """Encodes embeddings of one width and one set of tasks, a batch at a time.
 
+    JSON costs some twenty times as much as MessagePack.
+
     Raises
     ------
     ValueError: a width below 0, or more tasks than one record holds.
     """
 
-    def __init__(self, vector_width: int, task_names: Sequence[str]) -> None:
+    def __init__(self, vector_width: int, task_names: Sequence[str], written_as: Format = "msgpack") -> None:
         if vector_width < 0:
             raise ValueError(f"vector_width = {vector_width}: expected 0 or more")
         if len(task_names) > MAX_MEMBERS or len(set(task_names)) != len(task_names):
-            raise ValueError(
-                f"task_names has {len(task_names)} names: expected at most {MAX_MEMBERS}, each once"
-            )
+            raise ValueError(f"task_names has {len(task_names)} names: expected at most {MAX_MEMBERS}, each once")
+        self._written_as = written_as
         self._width = vector_width
         self._tasks = len(task_names)
         names = [msgspec.msgpack.encode(name) for name in task_names]
@@ -137,7 +139,15 @@ class EmbeddingEncoder:
             starts,
         )
         data = out[: starts[n]].tobytes()
-        return [data[a:b] for a, b in itertools.pairwise(starts.tolist())]
+        records = [data[a:b] for a, b in itertools.pairwise(starts.tolist())]
+        return records if self._written_as == "msgpack" else [_as_json(record) for record in records]
+
+
+def _as_json(record: bytes) -> bytes:
+    content = msgspec.msgpack.decode(record)
+    # float32 to float64 is exact, and JSON keeps every digit of a float64.
+    content["vector"] = np.frombuffer(content["vector"], dtype="<f4").astype(np.float64).tolist()
+    return msgspec.json.encode(content)
 
 
 def _fixed(array: NDArray[Any], kind: type[np.generic]) -> NDArray[Any]:
@@ -155,17 +165,17 @@ def _integers(name: str, column: ArrayLike, n: int) -> NDArray[Any]:
 
 
 def decode_embedding(value: bytes) -> Embedding:
-    """The embedding in one record's value.
+    """The embedding in one record's value, MessagePack or JSON.
 
     Raises
     ------
     RecordError: with one of `REASONS`; never anything else, whatever the bytes.
     """
-    content = read_map(value, "msgpack", _RECORD_BYTES)
+    # A MessagePack map never begins with the byte of "{".
+    written_as: Format = "json" if value[:1] == b"{" else "msgpack"
+    content = read_map(value, written_as, _RECORD_BYTES)
     checks.keys(content, _REQUIRED, ())
-    vector = content["vector"]
-    if not isinstance(vector, bytes) or len(vector) % 4:
-        raise refusal(WRONG_TYPE, "vector", vector, "binary of 4 bytes a number, float32 little-endian")
+    vector = _vector(content["vector"], written_as)
     predictions: dict[str, float] = {}
     for task, prediction in checks.mapping("predictions", content["predictions"]).items():
         if not isinstance(prediction, float):
@@ -180,9 +190,19 @@ def decode_embedding(value: bytes) -> Embedding:
         offset=_integer("offset", content),
         parameter_version=_integer("parameter_version", content),
         events_seen=_integer("events_seen", content),
-        vector=np.frombuffer(vector, dtype="<f4").astype(np.float32, copy=False),
+        vector=vector,
         predictions=predictions,
     )
+
+
+def _vector(vector: Any, written_as: Format) -> NDArray[np.float32]:
+    if written_as == "json":
+        if not isinstance(vector, list) or not all(isinstance(x, float) for x in vector):
+            raise refusal(WRONG_TYPE, "vector", vector, "a list of floats")
+        return np.array(vector, dtype=np.float32)
+    if not isinstance(vector, bytes) or len(vector) % 4:
+        raise refusal(WRONG_TYPE, "vector", vector, "binary of 4 bytes a number, float32 little-endian")
+    return np.frombuffer(vector, dtype="<f4").astype(np.float32, copy=False)
 
 
 def _integer(name: str, content: dict[str, Any]) -> int:

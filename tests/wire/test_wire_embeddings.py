@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgpack
@@ -78,9 +79,7 @@ def test_given_any_batch_when_decoded_then_everything_is_as_it_was(data: Any) ->
     predictions[rng.random(predictions.shape) < 0.3] = np.nan
     keys = PackedKeys.from_list([text.encode() for text in ids])
 
-    records = encode(
-        EmbeddingEncoder(width, tasks), n, vectors, predictions, keys=keys if n else None, **columns
-    )
+    records = encode(EmbeddingEncoder(width, tasks), n, vectors, predictions, keys=keys if n else None, **columns)
 
     assert len(records) == n
     for row, record in enumerate(records):
@@ -90,9 +89,7 @@ def test_given_any_batch_when_decoded_then_everything_is_as_it_was(data: Any) ->
             assert getattr(embedding, name) == column[row]
         assert embedding.vector.dtype == np.float32
         assert embedding.vector.tobytes() == vectors[row].tobytes()
-        expected = {
-            task: float(p) for task, p in zip(tasks, predictions[row], strict=True) if not np.isnan(p)
-        }
+        expected = {task: float(p) for task, p in zip(tasks, predictions[row], strict=True) if not np.isnan(p)}
         assert embedding.predictions == expected
 
 
@@ -153,3 +150,21 @@ def test_a_record_that_is_no_embedding_is_refused(reason: str, changes: dict[str
         decode_embedding(msgpack.packb(record | changes))
 
     assert refused.value.reason == reason
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=3, max_size=3),
+    st.floats(0, 1, width=32),
+)
+def test_json_carries_the_same_bits(numbers: list[float], prediction: float) -> None:
+    # Given the same embedding written both ways
+    vectors, predictions = np.array([numbers], np.float32), np.array([[prediction]], np.float32)
+    (packed,) = encode(EmbeddingEncoder(3, ["churn"]), 1, vectors, predictions)
+    (text,) = encode(EmbeddingEncoder(3, ["churn"], "json"), 1, vectors, predictions)
+    # When any JSON library reads the one, and we read both
+    assert json.loads(text)["vector"] == vectors[0].astype(float).tolist()
+    first, second = decode_embedding(packed), decode_embedding(text)
+    # Then nothing differs
+    assert first.vector.tobytes() == second.vector.tobytes()
+    assert (first.predictions, first.offset) == (second.predictions, second.offset)

@@ -1,0 +1,443 @@
+"""The insides of a table: rows between memory and disk, and the accounts kept of them.
+
+Everything here runs under the store's lock. Guarantees: `rows` counts live keys wherever they are; a row leaves
+memory only when disk holds it as it is, and if the changelog has not seen that state, disk remembers the key as
+owed, in the same write. Does not decide when: the public class calls in.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from stream.errors import StoreError
+from stream.store import kernels, layout, rows
+from stream.store.cold import Cold
+from stream.store.disk import Disk, age_key
+from stream.store.hashing import hash_keys
+from stream.store.keys import PackedKeys
+from stream.store.options import StoreOptions
+from stream.store.sketch import Sketch
+from stream.store.table import Hasher, Table
+
+if TYPE_CHECKING:
+    from stream.store.checkpoint import Checkpoint, Piece
+    from stream.store.snapshot import Snapshot
+
+__all__ = ["NEVER_MS", "Core"]
+
+Int64 = npt.NDArray[np.int64]
+Uint64 = npt.NDArray[np.uint64]
+Float32 = npt.NDArray[np.float32]
+Bool = npt.NDArray[np.bool_]
+Headers = npt.NDArray[np.void]
+
+NEVER_MS = -(2**62)
+_NO_HORIZON = -(2**63)
+_SPILL_ROWS = 512  # at least so many at once: about 2 ms of disk writes
+_NOT_LIVE = layout.DEAD | layout.WAITING
+
+
+class Core:
+    """State and inner operations of EmbeddingStore."""
+
+    def __init__(self, disk: Disk | None, options: StoreOptions, hasher: Hasher | None) -> None:
+        self.options = options
+        self.lock = threading.RLock()
+        self.disk = disk
+        # Untouched memory costs nothing, so a table reserves what it may need and hardly ever moves.
+        reserve = options.reserve_rows
+        if options.memory_rows is not None:
+            reserve = options.memory_rows + min(options.memory_rows // 8, 1 << 16) + 1024
+        self.table = Table(options.width + options.state_width, reserve, options.hash_seed, hasher)
+        self.is_open = True
+        self.updating = False
+        self.open_checkpoint: Checkpoint | None = None
+        self.snapshot: Snapshot | None = None
+        self.watermark = NEVER_MS
+        self.horizon = _NO_HORIZON
+        self.rows = 0
+        self.disk_rows = 0
+        self.admitted = self.expired = self.capped = 0
+        self.evicted = self.spilled = self.disk_reads = 0
+        self.held_dropped = 0
+        self.sketch: Sketch | None = None
+        if options.admission_mode == "sketch" and options.admission_threshold > 1:
+            self.sketch = Sketch(options.sketch_keys, options.admission_threshold, options.init_seed)
+        self.commits = 0
+        self.lowest_age_ms = 2**62  # of the entries put into disk's queue of ages; the cap resets it
+        self.undo_waiting: dict[int, tuple[Int64, list[bytes]]] = {}
+        self.metas: dict[str, bytes] = {}
+        self.cold: Cold | None = None
+        if disk is not None and options.cold_rows:
+            floats = options.width + options.state_width
+            self.cold = Cold(disk.path, floats, options.cold_rows, options.hash_seed)
+        # Only a table whose rows end by age or number needs the queue of ages.
+        self.aged = disk is not None and (options.ttl_ms is not None or options.max_rows is not None)
+        if disk is not None:
+            for chunk in disk.items("meta"):
+                self.metas.update({name.decode(): value for name, value in chunk})
+            pages = {int(name[12:]): self.metas.pop(name) for name in list(self.metas) if _is_page(name)}
+            if self.sketch is not None:
+                self.sketch.load(pages)
+            self.disk_rows = self.rows = int(self.metas.get("store.rows", b"0"))
+            self.watermark = int(self.metas.get("store.watermark_ms", str(NEVER_MS).encode()))
+            if options.ttl_ms is not None:
+                self.horizon = int(self.metas.get("store.horizon_ms", str(_NO_HORIZON).encode()))
+                self.horizon = max(self.horizon, self._floor(self.watermark - options.ttl_ms))
+
+        if disk is not None and self.aged != (self.metas.get("store.aged") == b"1"):
+            self._make_ages(disk)
+
+    def _make_ages(self, disk: Disk) -> None:
+        """Make the queue of ages for rows that were written without one, or note that there is none from here on."""
+        for chunk in disk.items("rows") if self.aged else ():
+            batch = disk.batch()
+            headers = rows.read_headers([value for _, value in chunk], self.origin)
+            for (key, _), ms in zip(chunk, headers["last_event_ms"].tolist(), strict=True):
+                batch.put("ages", age_key(ms, key), b"")
+            disk.write(batch)
+        batch = disk.batch()
+        self.metas["store.aged"] = b"1" if self.aged else b"0"
+        batch.put("meta", b"store.aged", self.metas["store.aged"])
+        disk.write(batch)
+
+    @property
+    def origin(self) -> str:
+        """What errors call this table."""
+        return f"store {self.disk.path}" if self.disk is not None else "store in memory"
+
+    def check(self) -> None:
+        """Raise StoreError unless open."""
+        if not self.is_open:
+            raise StoreError(f"{self.origin}: closed; open it again")
+
+    def check_idle(self) -> None:
+        """Raise StoreError unless open and outside update()."""
+        self.check()
+        if self.updating:
+            raise StoreError(f"{self.origin}: inside update(); leave it first")
+
+    # -- time ----------------------------------------------------------------------------------------------
+
+    def advance(self, ms: int) -> None:
+        """Move the watermark, and with it the horizon, forward."""
+        if ms > self.watermark:
+            self.watermark = ms
+            if self.options.ttl_ms is not None:
+                self.horizon = max(self.horizon, self._floor(ms - self.options.ttl_ms))
+
+    def _floor(self, horizon: int) -> int:
+        """The horizon, held back so that min_rows of the rows in memory stay."""
+        keep = self.options.min_rows
+        if not keep:
+            return horizon
+        used = self.live_slots()
+        if used.shape[0] <= keep:
+            return _NO_HORIZON
+        last = self.table.last_event_ms[used]
+        return min(horizon, int(np.partition(last, -keep)[-keep]) - 1)
+
+    def live_slots(self) -> Int64:
+        """Slots of rows in memory, expired ones included, ascending."""
+        used = self.table.used_slots()
+        live: Int64 = used[(self.table.flags[used] & _NOT_LIVE) == 0]
+        return live
+
+    # -- making and ending rows ----------------------------------------------------------------------------
+
+    def begin(self, keys: PackedKeys) -> tuple[Int64, Int64]:
+        """Slots of keys, each with a row that is live or new, -1 where not admitted; and the slots made just now."""
+        table = self.table
+        hashes = table.hashes(keys)
+        slots, missing = table.find(keys, hashes)
+        made = np.empty(0, np.int64)
+        threshold = self.options.admission_threshold
+        if missing and threshold > 1:
+            slots = self.bring_in(keys)
+        elif missing:
+            made = self._create(keys, hashes, slots, missing)
+        self.touch(slots)
+        if threshold > 1:
+            self._note_waiting(slots)
+        renewed = np.zeros(len(keys), np.bool_)
+        revived, admitted, expired = kernels.renew(table.records, table.rows, slots, self.horizon, threshold, renewed)
+        self.rows += revived
+        self.admitted += admitted
+        self.expired += expired
+        if revived or expired:
+            at = np.flatnonzero(renewed)
+            for slot in slots[at].tolist() if table.held else ():
+                table.held.pop(slot, None)
+            self.initialise(keys.take(at), slots[at])
+        return slots, made
+
+    def _note_waiting(self, slots: Int64) -> None:
+        """Keep what a failed update must give back to the waiting keys that it admits."""
+        table = self.table
+        known = np.unique(slots[slots >= 0])
+        waiting = known[(table.flags[known] & layout.WAITING) != 0].tolist()
+        self.undo_waiting = {slot: (table.meta[slot].copy(), table.held.get(slot, [])) for slot in waiting}
+
+    def _create(self, keys: PackedKeys, hashes: Uint64, slots: Int64, missing: int) -> Int64:
+        """Make slots for missing keys, from disk where it has them; returns those that are new rows."""
+        created = self.table.insert(keys, hashes, slots, missing)
+        new = slots[created]
+        if self.disk is not None:
+            warm = self._thaw(keys.take(created), hashes[created], new)
+            created, new = created[~warm], new[~warm]
+            at, values = self.stored(keys.take(created))
+            if values:
+                self.load(new[at], values)
+                known = np.zeros(new.shape[0], np.bool_)
+                known[at] = True
+                created, new = created[~known], new[~known]
+        self.rows += int(new.shape[0])
+        self.admitted += int(new.shape[0])
+        self.initialise(keys.take(created), new)
+        return new
+
+    def initialise(self, keys: PackedKeys, slots: Int64) -> None:
+        """Draw the vectors of new rows from their keys, where the table asks for that."""
+        if self.options.init_scale and slots.shape[0]:
+            hashes = hash_keys(keys.buffer, keys.offsets, np.uint64(self.options.init_seed))
+            kernels.initialise(self.table.rows, self.options.width, slots, hashes, self.options.init_scale)
+
+    def touch(self, slots: Int64) -> None:
+        """To be told before rows at slots change or leave."""
+        if self.snapshot is not None:
+            self.snapshot.save(slots)
+
+    def release(self, slots: Int64) -> None:
+        """Free slots."""
+        self.touch(slots)
+        self.table.remove(slots)
+
+    def kill(self, slots: Int64) -> None:
+        """Turn rows and waiting keys at distinct slots, none dead yet, into tombstones for the next checkpoint."""
+        if not slots.shape[0]:
+            return
+        table = self.table
+        self.touch(slots)
+        self.rows -= int(((table.flags[slots] & layout.WAITING) == 0).sum())
+        if self.disk is None and not self.options.changelog:
+            table.remove(slots)
+            return
+        table.flags[slots] = (table.flags[slots] & np.uint8(0xFF ^ layout.WAITING)) | layout.DEAD
+        for slot in slots.tolist() if table.held else ():
+            table.held.pop(slot, None)
+        table.mark(slots)
+
+    # -- from disk -----------------------------------------------------------------------------------------
+
+    def stored(self, keys: PackedKeys) -> tuple[Int64, list[bytes]]:
+        """Positions of keys that disk has something for, and what it has."""
+        assert self.disk is not None
+        values = self.disk.get(keys.to_list())
+        self.disk_reads += len(values)
+        at = [i for i, value in enumerate(values) if value is not None]
+        return np.array(at, np.int64), [value for value in values if value is not None]
+
+    def _thaw(self, keys: PackedKeys, hashes: Uint64, slots: Int64) -> Bool:
+        """Fill new slots of distinct keys from their cold copies, which end; bool[n], true where there was one."""
+        filled = np.zeros(len(keys), np.bool_)
+        if self.cold is not None and len(self.cold):
+            at, meta, floats = self.cold.take(keys, hashes)
+            self.table.meta[slots[at]] = meta
+            self.table.rows[slots[at]] = floats
+            self.table.flags[slots[at]] |= layout.ON_DISK | layout.AGED
+            filled[at] = True
+        return filled
+
+    def load(self, slots: Int64, values: list[bytes]) -> None:
+        """Fill new slots from records on disk, of whatever kind."""
+        table = self.table
+        headers = rows.read_headers(values, self.origin)
+        kinds = headers["kind"]
+        table.events_seen[slots] = headers["events_seen"]
+        table.last_event_ms[slots] = headers["last_event_ms"]
+        # A tombstone's applied_offset stays with the key: a replay must not build the deleted row again.
+        table.applied_offset[slots] = headers["applied_offset"]
+        table.flags[slots] |= layout.AGED
+        is_row = kinds == rows.ROW
+        if is_row.any():
+            chosen = [value for value, row in zip(values, is_row.tolist(), strict=True) if row]
+            _, floats = rows.decode_rows(chosen, self.options.width, self.options.state_width, self.origin)
+            table.rows[slots[is_row]] = floats
+            table.flags[slots[is_row]] |= layout.ON_DISK
+        table.flags[slots[kinds == rows.TOMBSTONE]] |= layout.DEAD
+        for i in np.flatnonzero(kinds == rows.WAITING).tolist():
+            table.flags[slots[i]] |= layout.WAITING
+            table.held[int(slots[i])] = rows.unpack_held(values[i][rows.HEADER_BYTES :])
+
+    def read_rows(self, keys: PackedKeys) -> tuple[Int64, Int64, Float32]:
+        """Rows on disk, expired ones too: positions int64[m], meta int64[m, 3], floats float32[m, ...]."""
+        at, values = self.stored(keys)
+        if values:
+            is_row = rows.read_headers(values, self.origin)["kind"] == rows.ROW
+            if not is_row.all():
+                values = [value for value, row in zip(values, is_row.tolist(), strict=True) if row]
+                at = at[is_row]
+        meta, floats = rows.decode_rows(values, self.options.width, self.options.state_width, self.origin)
+        return at, meta, floats
+
+    def promote(self, keys: PackedKeys, hashes: Uint64, meta: Int64, floats: Float32) -> None:
+        """Give rows that were read from disk, whose keys are not in memory, slots."""
+        slots = np.full(len(keys), -1, np.int64)
+        created = self.table.insert(keys, hashes, slots, len(keys))
+        target = slots[created]
+        self.table.meta[target] = meta[created]
+        self.table.rows[target] = floats[created]
+        self.table.flags[target] |= layout.ON_DISK | layout.AGED
+
+    def bring_in(self, keys: PackedKeys) -> Int64:
+        """Slots, int64[n], of keys in memory or, as they are, on disk; -1 where there is neither."""
+        hashes = self.table.hashes(keys)
+        slots, missing = self.table.find(keys, hashes)
+        if missing and self.disk is not None:
+            absent = np.flatnonzero(slots < 0)
+            if self.cold is not None and len(self.cold):
+                at, meta, floats = self.cold.take(keys.take(absent), hashes[absent])
+                at = absent[at]
+                self.promote(keys.take(at), hashes[at], meta, floats)
+                slots, _ = self.table.find(keys, hashes)
+                absent = np.flatnonzero(slots < 0)
+            at, values = self.stored(keys.take(absent))
+            if values:
+                at = absent[at]
+                new = np.full(at.shape[0], -1, np.int64)
+                created = self.table.insert(keys.take(at), hashes[at], new, at.shape[0])
+                self.load(new[created], [values[i] for i in created.tolist()])
+                slots[at] = new
+        return slots
+
+    # -- to disk -------------------------------------------------------------------------------------------
+
+    def encode(self, slots: Int64) -> list[bytes | None]:
+        """Records at slots: rows, waiting keys with their held events, None for the dead."""
+        flags = self.table.flags[slots]
+        if not (flags & _NOT_LIVE).any():
+            return list(rows.encode_rows(self.table.meta[slots], self.table.rows[slots], self.options.width))
+        out: list[bytes | None] = [None] * slots.shape[0]
+        live = np.flatnonzero((flags & _NOT_LIVE) == 0)
+        floats = self.table.rows[slots[live]]
+        for i, row in zip(
+            live.tolist(), rows.encode_rows(self.table.meta[slots[live]], floats, self.options.width), strict=True
+        ):
+            out[i] = row
+        waiting = np.flatnonzero(flags & layout.WAITING)
+        headers = rows.encode_headers(self.table.meta[slots[waiting]], rows.WAITING)
+        for i, header in zip(waiting.tolist(), headers, strict=True):
+            out[i] = header + rows.pack_held(self.table.held.get(int(slots[i]), ()))
+        return out
+
+    def make_room(self) -> None:
+        """Bring memory down to memory_rows: clean rows leave; dirty ones are spilled where those are too few."""
+        limit = self.options.memory_rows
+        table = self.table
+        if limit is None or len(table) <= limit:
+            return
+        excess = len(table) - limit
+        if len(table) - table.unsaved < excess + limit // 16:
+            # With few clean rows a search for them walks the whole table, so some more are spilled than must go.
+            victims = self._spill(min(table.unsaved, max(excess, _SPILL_ROWS)))
+            victims = victims[: max(len(table) - limit, 0)]
+        else:
+            victims = table.choose_victims(excess, spill=False)
+        if self.cold is not None:
+            self._freeze(victims)
+        self.release(victims)
+        self.evicted += int(victims.shape[0])
+
+    def _freeze(self, slots: Int64) -> None:
+        """Keep copies of clean rows that leave memory."""
+        assert self.cold is not None
+        live = slots[(self.table.flags[slots] & _NOT_LIVE) == 0]
+        keys = self.table.keys(live)
+        self.cold.put(keys, self.table.hashes(keys), self.table.meta[live], self.table.rows[live])
+
+    def _spill(self, wanted: int) -> Int64:
+        """Write unsaved rows to disk as owed to the changelog; returns those still in memory, now clean."""
+        assert self.disk is not None
+        table = self.table
+        slots = table.choose_victims(wanted, spill=True)
+        keys = table.keys(slots).to_list()
+        flags = table.flags[slots]
+        dead = (flags & layout.DEAD) != 0
+        live = (flags & _NOT_LIVE) == 0
+        on_disk = (flags & layout.ON_DISK) != 0
+        encoded = self.encode(slots)
+        tombstones = iter(rows.encode_headers(table.meta[slots[dead]], rows.TOMBSTONE))
+        batch = self.disk.batch()
+        times = table.last_event_ms[slots].tolist()
+        aged = ((flags & layout.AGED) != 0).tolist()
+        for key, value, known, ms in zip(keys, encoded, aged, times, strict=True):
+            batch.put("rows", key, next(tombstones) if value is None else value)
+            batch.put("owed", key, b"")
+            if not known and self.aged:
+                batch.put("ages", age_key(ms, key), b"")
+                self.lowest_age_ms = min(self.lowest_age_ms, ms)
+        count = self.disk_rows + int((live & ~on_disk).sum()) - int((~live & on_disk).sum())
+        batch.put("meta", b"store.rows", str(count).encode())
+        self.disk.write(batch)
+        self.disk_rows = count
+        self.spilled += len(keys)
+        if self.open_checkpoint is not None:
+            self.open_checkpoint.leaving(slots)
+            self.open_checkpoint.spilled.update(keys)
+        table.flags[slots] = (table.flags[slots] & np.uint8(0xFF ^ layout.ON_DISK)) | layout.AGED
+        table.flags[slots[live]] |= layout.ON_DISK
+        table.clean(slots)
+        table.clear_bits(table.dirty, slots)
+        self.release(slots[dead])
+        kept: Int64 = slots[~dead]
+        return kept
+
+    def settle(self, checkpoint: Checkpoint, piece: Piece, slots: Int64, meta: Mapping[str, bytes] | None) -> None:
+        """Write one piece of a checkpoint, the last one with meta, and settle the accounts of its slots."""
+        table = self.table
+        flags = table.flags[slots]
+        tomb = (flags & layout.TOMB) != 0
+        on_disk = (flags & layout.ON_DISK) != 0
+        metas: dict[str, bytes] = {}
+        if meta is not None:
+            metas = {"user." + name: bytes(value) for name, value in meta.items()}
+            metas["store.watermark_ms"] = str(checkpoint.watermark_ms).encode()
+            metas["store.horizon_ms"] = str(checkpoint.horizon_ms).encode()
+        if self.disk is not None:
+            batch = piece.batch
+            assert batch is not None
+            count = self.disk_rows + int((~tomb & ~on_disk).sum()) - int((tomb & on_disk).sum())
+            metas["store.rows"] = str(count).encode()
+            # What was spilled after it was given out is newer than what the batch holds.
+            again = sorted(checkpoint.spilled.intersection(piece.keys)) if checkpoint.spilled else []
+            for key, value in zip(again, self.disk.get(again), strict=True):
+                assert value is not None
+                batch.put("rows", key, value)
+                batch.put("owed", key, b"")
+            for name, value in metas.items():
+                batch.put("meta", name.encode(), value)
+            for page, data in checkpoint.pages.items() if meta is not None else ():
+                batch.put("meta", f"store.sketch{page}".encode(), data)
+            self.disk.write(batch)
+            self.disk_rows = count
+            table.flags[slots[~tomb]] |= layout.ON_DISK
+            table.flags[slots[tomb]] &= np.uint8(0xFF ^ layout.ON_DISK)
+            table.flags[slots] |= layout.AGED
+            if slots.shape[0]:
+                self.lowest_age_ms = min(self.lowest_age_ms, int(table.last_event_ms[slots].min()))
+        self.metas.update(metas)
+        table.flags[slots] &= np.uint8(0xFF ^ layout.TOMB)
+        table.clear_bits(table.pending, slots)
+        settled = ~table.test_bits(table.dirty, slots)
+        table.clean(slots[settled])
+        self.release(slots[settled & ((flags & layout.DEAD) != 0)])
+        self.commits += 1
+
+
+def _is_page(name: str) -> bool:
+    return name.startswith("store.sketch")

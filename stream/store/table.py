@@ -1,0 +1,243 @@
+"""Rows in memory: a float arena, records beside it, and the index that finds a slot by whole key.
+
+Guarantees: two keys never share a slot; a freed slot is reused, and cleared before it is; the index never
+degrades through deletions. Does not lock, knows nothing of disk or expiry, and may move its arrays whenever
+slots are added: read `vectors` and the other views anew after that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stream.errors import StoreError
+from stream.store import arena, kernels, layout, probing
+from stream.store.hashing import hash_keys
+from stream.store.keys import MAX_KEY_BYTES, PackedKeys
+
+__all__ = ["Hasher", "Maker", "Table"]
+
+Int64 = npt.NDArray[np.int64]
+Uint64 = npt.NDArray[np.uint64]
+Hasher = Callable[[PackedKeys], Uint64]
+Maker = Callable[[int, int, npt.DTypeLike], npt.NDArray[Any]]
+
+_MAX_LOAD = 0.85
+
+
+class Table:
+    """Slots 0 to capacity - 1, each with `floats` float32 values and a record.
+
+    reserve: rows to make room for at once; that memory is only used once rows are. hasher: replaces the hash,
+    uint64[n] for n keys (tests make all hashes equal). make: where the large arrays come from; zeros are needed
+    of it, and the table is then not to outgrow `reserve`.
+    """
+
+    def __init__(
+        self, floats: int, reserve: int, seed: int, hasher: Hasher | None = None, make: Maker | None = None
+    ) -> None:
+        self._seed = np.uint64(seed)
+        self._hasher = hasher
+        maker = make or arena.reserve
+        self.rows: npt.NDArray[np.float32] = maker(reserve, floats, np.float32)
+        self.records: Uint64 = maker(reserve, layout.RECORD_WORDS, np.uint64)
+        self._entries: Uint64 = np.zeros(64, np.uint64)
+        if make is not None:
+            self._entries = make(int(reserve / _MAX_LOAD) + 64, 1, np.uint64).reshape(-1)
+        self._overflow = np.empty(0, np.uint64)
+        self._counters = np.zeros(layout.COUNTERS, np.int64)
+        self._counters[layout.FREE_HEAD] = -1
+        self._classes = np.full(MAX_KEY_BYTES // 8 + 1, -1, np.int64)
+        self._hand = 0
+        # Events held for slots that wait for admission; empty in most tables.
+        self.held: dict[int, list[bytes]] = {}
+        # One bit a slot: changed since the last checkpoint froze, and part of the one being taken.
+        self.dirty = np.zeros(reserve // 64 + 1, np.uint64)
+        self.pending = np.zeros(reserve // 64 + 1, np.uint64)
+        self._view()
+
+    def _view(self) -> None:
+        words = self.records.view(np.int64)
+        self.meta: Int64 = words[:, 2:5]
+        self.events_seen: Int64 = words[:, 2]
+        self.last_event_ms: Int64 = words[:, 3]
+        self.applied_offset: Int64 = words[:, 4]
+        self.flags: npt.NDArray[np.uint8] = self.records.view(np.uint8)[:, 42]
+        self.recency: npt.NDArray[np.uint8] = self.records.view(np.uint8)[:, 43]
+        self.lengths: npt.NDArray[np.uint16] = self.records.view(np.uint16)[:, 20]
+
+    @property
+    def capacity(self) -> int:
+        """Slots there is room for now."""
+        return int(self.rows.shape[0])
+
+    @property
+    def allocated(self) -> int:
+        """One above the highest slot ever used."""
+        return int(self._counters[layout.ALLOCATED])
+
+    def __len__(self) -> int:
+        return int(self._counters[layout.LIVE])
+
+    @property
+    def overhead_bytes(self) -> int:
+        """Bytes in use beyond the float arena."""
+        used = self.allocated * layout.RECORD_WORDS * 8
+        return used + self._entries.nbytes + int(self._counters[layout.OVERFLOW_TOP]) * 8
+
+    def hashes(self, keys: PackedKeys) -> Uint64:
+        """64-bit hashes of the keys."""
+        if self._hasher is not None:
+            return self._hasher(keys)
+        hashed: Uint64 = hash_keys(keys.buffer, keys.offsets, self._seed)
+        return hashed
+
+    def find(self, keys: PackedKeys, hashes: Uint64) -> tuple[Int64, int]:
+        """Slots int64[n], -1 where absent, and the number absent."""
+        slots = np.empty(len(keys), np.int64)
+        missing = probing.find(self._entries, self.records, self._overflow, keys.buffer, keys.offsets, hashes, slots)
+        return slots, missing
+
+    def insert(self, keys: PackedKeys, hashes: Uint64, slots: Int64, missing: int) -> Int64:
+        """Fill slots that are -1 in place; duplicates share a slot. Returns the positions of first occurrences.
+
+        New slots have events_seen 0, last_event_ms 0, applied_offset -1 and no flags; their floats are zero.
+        """
+        n = len(keys)
+        self._make_index_room(missing)
+        created = np.empty(missing, np.int64)
+        position, done = 0, 0
+        while True:
+            position, done = probing.insert(
+                self._entries,
+                self.records,
+                self._overflow,
+                self._counters,
+                self._classes,
+                keys.buffer,
+                keys.offsets,
+                hashes,
+                slots,
+                created,
+                done,
+                position,
+            )
+            if position == n:
+                break
+            if self._counters[layout.FREE_HEAD] < 0 and self.allocated >= self.capacity:
+                self._grow(min(missing - done, n - position))
+            else:
+                self._make_overflow_room(keys, position)
+        created = created[:done]
+        kernels.zero_rows(self.rows, slots[created])
+        return created
+
+    def remove(self, slots: Int64) -> None:
+        """Free distinct slots in use."""
+        self.clear_bits(self.dirty, slots)
+        self.clear_bits(self.pending, slots)
+        if self.held:
+            for slot in slots.tolist():
+                self.held.pop(slot, None)
+        probing.remove(self._entries, self.records, self._overflow, self._counters, self._classes, slots)
+
+    def keys(self, slots: Int64) -> PackedKeys:
+        """The keys at slots in use."""
+        lengths = np.empty(slots.shape[0], np.int64)
+        probing.key_lengths(self.records, slots, lengths)
+        offsets = np.zeros(slots.shape[0] + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        buffer = np.empty(int(offsets[-1]), np.uint8)
+        probing.copy_keys(self.records, self._overflow, slots, offsets, buffer)
+        return PackedKeys(buffer, offsets)
+
+    @property
+    def unsaved(self) -> int:
+        """Slots whose row disk does not hold as it is."""
+        return int(self._counters[layout.UNSAVED_ROWS])
+
+    def mark(self, slots: Int64) -> None:
+        """Make slots dirty and recently used; -1 is passed over."""
+        kernels.mark(self.records, self._counters, self.dirty, slots)
+
+    def clean(self, slots: Int64) -> None:
+        """Note that disk holds the rows at slots as they are."""
+        kernels.clean(self.records, self._counters, slots)
+
+    @staticmethod
+    def test_bits(bits: Uint64, slots: Int64) -> npt.NDArray[np.bool_]:
+        """Which of the slots have their bit set."""
+        hit: npt.NDArray[np.bool_] = ((bits[slots >> 6] >> (slots & 63).astype(np.uint64)) & np.uint64(1)) != 0
+        return hit
+
+    @staticmethod
+    def set_bits(bits: Uint64, slots: Int64) -> None:
+        """Set the bits of slots."""
+        np.bitwise_or.at(bits, slots >> 6, np.uint64(1) << (slots & 63).astype(np.uint64))
+
+    @staticmethod
+    def clear_bits(bits: Uint64, slots: Int64) -> None:
+        """Clear the bits of slots."""
+        np.bitwise_and.at(bits, slots >> 6, ~(np.uint64(1) << (slots & 63).astype(np.uint64)))
+
+    @staticmethod
+    def set_slots(bits: Uint64) -> Int64:
+        """Slots whose bit is set, ascending."""
+        out = np.empty(int(np.bitwise_count(bits).sum()), np.int64)
+        _, count = kernels.next_set(bits, 0, out)
+        return out[:count]
+
+    def scatter(self, slots: Int64, values: npt.NDArray[np.float32], when: Int64, applied: Int64, horizon: int) -> int:
+        """Write vectors to slots in order; returns how many rows expired meanwhile. See kernels.scatter."""
+        return int(kernels.scatter(self.records, self.rows, slots, values, when, applied, horizon))
+
+    def used_slots(self) -> Int64:
+        """All slots in use, ascending."""
+        return np.flatnonzero(self.lengths[: self.allocated])
+
+    def choose_victims(self, wanted: int, *, spill: bool) -> Int64:
+        """Up to `wanted` slots in use that may leave memory, least recently used first."""
+        out = np.empty(wanted, np.int64)
+        self._hand, count = kernels.evict(self.records, self._hand, self.allocated, wanted, spill, out)
+        return out[:count]
+
+    def _make_index_room(self, more: int) -> None:
+        size = self._entries.shape[0]
+        need = int((len(self) + more) / _MAX_LOAD) + 1
+        if need <= size:
+            return
+        entries = np.zeros(max(need, int(size * 1.25)), np.uint64)
+        probing.rebuild(self._entries, entries)
+        self._entries = entries
+
+    def _grow(self, more: int) -> None:
+        capacity = self.capacity + max(more, self.capacity, 64)
+        if capacity >= 2**32 - 1:
+            raise StoreError(f"store: {capacity} rows in one table; at most {2**32 - 2} fit, use more partitions")
+        used = self.allocated
+        for name in ("rows", "records"):
+            old = getattr(self, name)
+            new = arena.reserve(capacity, old.shape[1], old.dtype)
+            new[:used] = old[:used]
+            setattr(self, name, new)
+        for name in ("dirty", "pending"):
+            bits = np.zeros(capacity // 64 + 1, np.uint64)
+            bits[: getattr(self, name).shape[0]] = getattr(self, name)
+            setattr(self, name, bits)
+        self._view()
+
+    def _make_overflow_room(self, keys: PackedKeys, position: int) -> None:
+        need = int(keys.offsets[-1] - keys.offsets[position]) // 8 + len(keys) - position
+        used = int(self._counters[layout.OVERFLOW_TOP])
+        free = int(self._counters[layout.OVERFLOW_FREE])
+        # Compacting costs a pass over all records, so it must win back a fair share to be worth it.
+        kept = used - free if free * 4 >= used else used
+        target = np.empty(max(kept + need, int(kept * 1.5)), np.uint64)
+        if kept == used:
+            target[:used] = self._overflow[:used]
+        else:
+            probing.compact_overflow(self.records, self._overflow, target, self._counters, self._classes)
+        self._overflow = target

@@ -1,2 +1,1 @@
-"""The online trainer: joins delayed feedback with what was known at the time, learns, publishes
-parameters."""
+"""The online trainer: joins feedback with what was known at the time, learns, publishes parameters."""

@@ -1,0 +1,102 @@
+"""A trainer that is killed again and again ends as one that is left alone."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from stream.metrics import TrainerMetrics
+from tests.support.processes import metric, wait_for
+from trainer.online import OnlineTrainer
+from trainer.pretrain import random_trunk, save_parameters
+from trainer.record import AnsweredExamples, read_record
+
+from .conftest import LiveShop, NewShop
+from .shop import refuse_nothing
+from .test_online import year
+
+CLIENTS = 12_000
+KILLS = 6
+
+
+def finish(live: LiveShop, port: int, trunk: str) -> None:
+    """Run the trainer until it has read everything, and end it in order."""
+    process = live.process("--trunk", trunk, "--record", str(live.directory / "record"))
+    events = live.settings.topics.events
+
+    def done() -> bool:
+        assert process.poll() is None, live.log()
+        return metric(port, "livestate_trainer_lag_events") == 0 and metric(port, "livestate_parameter_version") > 0
+
+    wait_for(done, 120, f"everything of {events} read")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0, live.log()
+
+
+@contextmanager
+def opened(live: LiveShop) -> Iterator[OnlineTrainer]:
+    """What a trainer left on disk."""
+    parameters = random_trunk(live.settings, [])
+    directory = live.directory / "trainer"
+    trainer = OnlineTrainer(live.settings, directory, parameters, TrainerMetrics(), refuse_nothing)
+    yield trainer
+    trainer.close()
+
+
+def order(found: AnsweredExamples) -> list[tuple[bytes, int, bool]]:
+    return list(zip(found.client_id, found.as_of_ms.tolist(), found.label.tolist(), strict=True))
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_trainer_ends_bit_for_bit_as_an_undisturbed_one(new_embedded_shop: NewShop, free_port: int) -> None:
+    # Given events and feedback on the broker, and a trainer that reads them undisturbed
+    options = {"TRAINER__HTTP_PORT": str(free_port), "TRAINER__CHECKPOINT_INTERVAL_S": "0.05"}
+    calm = new_embedded_shop(**options)
+    events, feedback = year(CLIENTS)
+    calm.publish(calm.settings.topics.events, events)
+    calm.publish(calm.settings.topics.feedback, feedback)
+    trunk = calm.directory / "trunk.msgpack"
+    save_parameters(trunk, random_trunk(calm.settings, []))
+    finish(calm, free_port, str(trunk))
+    # When another one reads the same and is killed at random moments
+    killed = new_embedded_shop(
+        TOPICS__EVENTS=calm.settings.topics.events, TOPICS__FEEDBACK=calm.settings.topics.feedback, **options
+    )
+    random = np.random.default_rng(11)
+    caught = 0
+    total = len(events) + len(feedback)
+    while caught < KILLS:
+        process = killed.process("--trunk", str(trunk), "--record", str(killed.directory / "record"))
+        wait_for(lambda: metric(free_port, "livestate_trainer_events_total") > 0, 60, "events are applied")
+        # A moment of any length, so that the kill may meet a batch, a version or a checkpoint.
+        time.sleep(float(random.uniform(0.0, 0.2)))
+        process.kill()
+        process.wait()
+        with opened(killed) as trainer:
+            read = sum(trainer.positions.values())
+        caught += 0 < read < total
+        if read == total:
+            break
+    finish(killed, free_port, str(trunk))
+    # Then both know the same: nothing was lost, and nothing learned twice
+    assert caught >= 2, "too few kills met a trainer at work: the test shows nothing"
+    with opened(calm) as one, opened(killed) as other:
+        learned, relearned = one.learners["redeemed"], other.learners["redeemed"]
+        assert learned.labels == relearned.labels == CLIENTS
+        assert one.positions == other.positions
+        assert np.array_equal(learned.posterior.mean, relearned.posterior.mean)
+        assert np.array_equal(learned.posterior.covariance, relearned.posterior.covariance)
+        assert dict(one.database.scan(b"r")) == dict(other.database.scan(b"r"))
+        assert one.joiner.waiting == other.joiner.waiting == 0
+        # And workers have the same head
+        ours, theirs = calm.versions()[0].current, killed.versions()[0].current
+        assert ours is not None
+        assert theirs is not None
+        assert np.array_equal(ours["head/redeemed/weight"], theirs["head/redeemed/weight"])
+        assert np.array_equal(theirs["head/redeemed/weight"], relearned.posterior.mean)
+    records = [read_record(live.directory / "record")["redeemed"] for live in (calm, killed)]
+    assert order(records[0]) == order(records[1])
+    assert len(records[0]) == CLIENTS

@@ -1,0 +1,109 @@
+"""The sub-commands `livestate trainer` and `livestate pretrain`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stream.cli import add_settings, configure_logging, settings_of
+
+if TYPE_CHECKING:
+    from stream.wire import RecordBlock
+
+__all__ = ["register"]
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the trainer's commands; each sets `run`, which takes the parsed arguments and returns a status."""
+    _add_trainer(subparsers)
+    _add_pretrain(subparsers)
+
+
+def _add_trainer(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "trainer",
+        help="learn from events and delayed feedback, publish parameter versions",
+        description="Learns online from events and feedback and publishes parameter versions to the workers. "
+        "SIGTERM and SIGINT publish what changed, write a checkpoint and end the process.",
+        epilog="example: livestate trainer --settings shop.toml --trunk trunk.msgpack",
+    )
+    add_settings(parser)
+    parser.add_argument(
+        "--trunk", metavar="FILE", help="trunk to start with, from `livestate pretrain`; a checkpoint goes first"
+    )
+    parser.add_argument("--record", metavar="FILE", help="append every answered example to this file")
+    parser.add_argument(
+        "--broker-timeout", type=float, default=30.0, metavar="S", help="wait so long for the broker (%(default)s)"
+    )
+    parser.set_defaults(run=_trainer)
+
+
+def _add_pretrain(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "pretrain",
+        help="train a trunk on past events",
+        description="Trains the trunk (encoder and recurrent cell) to foresee each client's next event.",
+        epilog="example: livestate pretrain --settings shop.toml --events january.jsonl --out trunk.msgpack",
+    )
+    add_settings(parser)
+    parser.add_argument(
+        "--events", required=True, nargs="+", metavar="FILE", help="events in order, one JSON map a line"
+    )
+    parser.add_argument("--out", required=True, metavar="FILE", help="parameter file to write")
+    parser.set_defaults(run=_pretrain)
+
+
+def _trainer(arguments: argparse.Namespace) -> int:
+    # Imported here: torch and numba take seconds that other commands need not wait for.
+    import torch
+
+    from trainer.files import load_parameters
+    from trainer.service import TrainerService
+
+    configure_logging()
+    # One thread: the trainer's products are small, and the order of their sums must not depend on the
+    # machine.
+    torch.set_num_threads(1)
+    settings = settings_of(arguments)
+    parameters = load_parameters(arguments.trunk) if arguments.trunk else None
+    service = TrainerService(settings, parameters, Path(arguments.record) if arguments.record else None)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: service.stop())
+    service.run(arguments.broker_timeout)
+    return 0
+
+
+def _pretrain(arguments: argparse.Namespace) -> int:
+    from trainer.files import save_parameters
+    from trainer.pretrain import fit
+
+    configure_logging()
+    settings = settings_of(arguments)
+
+    def show(share: float, text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{share:4.0%} {text:<60}", end="", file=sys.stderr, flush=True)
+
+    result = fit(settings, _events(arguments.events), show)
+    save_parameters(arguments.out, result.parameters)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    print(
+        f"trunk {result.parameters.trunk_id} written to {arguments.out}: {result.events:,} events, loss "
+        f"{result.loss:.4f}, the best constant {result.baseline:.4f}"
+    )
+    return 0
+
+
+def _events(paths: list[str]) -> Iterator[RecordBlock]:
+    from trainer.files import read_event_file
+
+    offset = 0
+    for path in paths:
+        for block in read_event_file(path, offset):
+            offset += len(block)
+            yield block

@@ -1,0 +1,410 @@
+"""The trainer itself, without Kafka: events and feedback in, heads out, checkpoints on the way.
+
+Events advance the trainer's own rows with the workers' engine and leave an example at each event that asks
+for a prediction; feedback answers examples; answered examples are learned. Positions of both inputs move with
+what was applied, and a checkpoint writes all of it as one.
+
+Guaranteed: after `OnlineTrainer` is opened again on the same directory, everything in it is of the last
+checkpoint's instant, and applying the input from `positions` again leads to the same state, bit for bit, if
+it comes in the same order. An event applied twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+
+from stream.errors import RecordError, StoreError
+from stream.metrics import TrainerMetrics
+from stream.model.engine import Engine, Triggers
+from stream.model.heads import Questions
+from stream.model.layout import Layout
+from stream.model.parameters import ParameterSet, Tensor
+from stream.settings import Settings
+from stream.wire import EventColumns, EventDecoder, Schema, decode_feedback
+from trainer.checkpoint import Changes, Database, pack_array, unpack_array
+from trainer.joiner import Example, Joined, Joiner
+from trainer.learner import TaskLearner
+from trainer.record import Recorder
+from trainer.replica import Replica, late_events
+from trainer.timeline import EVENTS, FEEDBACK, Record, block_of
+
+__all__ = ["BATCH_RECORDS", "OnlineTrainer"]
+
+logger = logging.getLogger(__name__)
+
+BATCH_RECORDS = 5_000
+_STATE = b"m/state"
+_PARAMETER = b"p/"
+
+#: Called with a feedback record that cannot be used, and why.
+Refuse = Callable[[Record, RecordError], None]
+
+
+class OnlineTrainer:
+    """Everything the trainer knows.
+
+    Parameters
+    ----------
+    settings: what to learn.
+    directory: of its database; one trainer at a time.
+    parameters: the trunk to start with, where the directory has no checkpoint; ignored otherwise. Heads in it
+        are served until they are learned here, where they fit the settings.
+    metrics: counted into.
+    refuse: called for each feedback record that is no valid feedback.
+    record: file to append answered examples to.
+
+    Raises
+    ------
+    StoreError: the directory is locked, damaged, or was written under other settings.
+    ParametersError: the parameters do not fit the settings.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        directory: Path,
+        parameters: ParameterSet | None,
+        metrics: TrainerMetrics,
+        refuse: Refuse,
+        record: Path | None = None,
+    ) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self._refuse = refuse
+        self.layout = Layout.compile(settings, Schema.compile(settings))
+        self._decoder = EventDecoder(self.layout.schema, settings.limits, settings.topics.format)
+        self.questions = Questions(self.layout)
+        self.database = Database(directory)
+        try:
+            self._resume(parameters, record)
+        except BaseException:
+            self.database.close()
+            raise
+
+    def _resume(self, parameters: ParameterSet | None, record: Path | None) -> None:
+        settings, database = self.settings, self.database
+        state = database.get(_STATE)
+        self.resumed = state is not None
+        self.positions: dict[tuple[int, int], int] = {}
+        self.version_floor = 0
+        recorded = 0
+        watermarks: dict[int, int] = {}
+        waiting = 0
+        if state is not None:
+            loaded = msgpack.unpackb(state, strict_map_key=False)
+            if loaded["layout"] != self.layout.fingerprint:
+                raise StoreError(
+                    f"the checkpoint in {str(database.path)!r} was made with other model, memory or field "
+                    f"settings: restore them, or use another trainer.data_dir and start anew"
+                )
+            self.positions = {(kind, p): offset for kind, p, offset in loaded["positions"]}
+            self.version_floor = loaded["version"]
+            recorded = loaded["recorded"]
+            watermarks = dict(loaded["watermarks"])
+            waiting = loaded["waiting"]
+            parameters = ParameterSet(
+                {key.removeprefix(_PARAMETER).decode(): unpack_array(value) for key, value in database.scan(_PARAMETER)}
+            )
+        if parameters is None:
+            raise StoreError(
+                f"the trainer's database {str(database.path)!r} has no checkpoint and no parameters were given"
+            )
+        parameters = self._fitting(parameters)
+        self.parameters = parameters
+        self._parameters_saved = self.resumed
+        self.engine = Engine(self.layout, parameters)
+        self.engine.cell.self_check(np.random.default_rng(settings.model.seed))
+        ttl = settings.store.ttl_s
+        self.replica = Replica(
+            database, self.layout.width, settings.store.memory_rows, None if ttl is None else int(ttl * 1000)
+        )
+        self.joiner = Joiner(
+            database,
+            {name: int(task.feedback_ttl_s * 1000) for name, task in settings.tasks.items()},
+            lambda task, outcome: self.metrics.feedback.labels(task, outcome).inc(),
+            [name for name, task in settings.tasks.items() if task.labels == "closed"],
+        )
+        self.joiner.watermarks = watermarks
+        self.joiner.waiting = waiting
+        self.learners = {
+            question.task: TaskLearner(question.task, question.is_state, settings.tasks[question.task])
+            for question in self.questions.tasks
+        }
+        for learner in self.learners.values():
+            learner.load(database)
+        self.recorder = Recorder(record, recorded) if record is not None else None
+        self._recorded = recorded
+        self.serve(parameters)
+
+    def serve(self, parameters: ParameterSet) -> None:
+        """Predict with these parameters' heads from now on: those that the workers have."""
+        self._heads = self.questions.heads(self._fitting(parameters))
+        self._served_version = parameters.version
+
+    def _fitting(self, parameters: ParameterSet) -> ParameterSet:
+        """Without the heads of tasks that the settings no longer have, or have with other inputs."""
+        widths = {question.task: question.width for question in self.questions.tasks}
+        unfit = {
+            name
+            for name, tensor in parameters.items()
+            if name.startswith("head/") and tensor.shape[0] - name.endswith("/weight") != widths.get(name.split("/")[1])
+        }
+        return parameters.updated({}, parameters.version, frozenset(unfit))
+
+    @property
+    def needs_checkpoint(self) -> bool:
+        """True when memory wants one before its time."""
+        return self.replica.is_full or self.joiner.needs_checkpoint
+
+    def apply_events(self, records: Sequence[Record]) -> int:
+        """Apply event records in order, of any partitions; returns how many changed a row."""
+        applied = 0
+        for start in range(0, len(records), BATCH_RECORDS):
+            applied += self._apply_batch(records[start : start + BATCH_RECORDS])
+        self.metrics.events.inc(applied)
+        return applied
+
+    def _apply_batch(self, records: Sequence[Record]) -> int:
+        # The engine compares offsets within a row, and a row is of one partition: the batch may mix
+        # partitions.
+        columns = self._decoder.decode(block_of(records))
+        accepted = np.flatnonzero(columns.accepted).tolist()
+        events = 0
+        if accepted:
+            slots = np.full(columns.n, -1, np.int64)
+            slots[accepted] = self.replica.slots(
+                [records[i].key or b"" for i in accepted],
+                [records[i].partition for i in accepted],
+                self.joiner.watermarks,
+            )
+            late = late_events(slots, columns.timestamp_ms, columns.offsets, self.replica)
+            advanced = self.engine.advance(columns, slots, self.replica)
+            events = advanced.events
+            partitions = np.array([record.partition for record in records], np.int64)
+            before = self._watermarks_before(partitions, columns)
+            self._capture(records, columns, advanced.triggers, late, before)
+            for partition in np.unique(partitions[accepted]).tolist():
+                own = columns.timestamp_ms[columns.accepted & (partitions == partition)]
+                self.joiner.advance(partition, int(own.max()))
+            self.metrics.stream_time.set(max(self.joiner.watermarks.values()) / 1000.0)
+        self._move(EVENTS, records)
+        return events
+
+    def _watermarks_before(self, partitions: NDArray[np.int64], columns: EventColumns) -> NDArray[np.int64]:
+        """(n,) each event's partition's watermark just before it, so that batches may be cut anywhere."""
+        before = np.zeros(columns.n, np.int64)
+        for partition in np.unique(partitions).tolist():
+            own = np.flatnonzero((partitions == partition) & columns.accepted)
+            times = np.concatenate([[self.joiner.watermarks.get(partition, 0)], columns.timestamp_ms[own[:-1]]])
+            before[own] = np.maximum.accumulate(times)[: len(own)]
+        return before
+
+    def _capture(
+        self,
+        records: Sequence[Record],
+        columns: EventColumns,
+        triggers: Triggers,
+        late: NDArray[np.bool_],
+        watermark_before: NDArray[np.int64],
+    ) -> None:
+        asked: list[tuple[int, str, NDArray[np.float32], float]] = []
+        for question in self.questions.tasks if len(triggers.event) else ():
+            own, inputs = question.ask(columns, triggers)
+            head = self._heads.get(question.task)
+            predictions = head.predict(inputs).tolist() if head is not None else [float("nan")] * len(own)
+            events = triggers.event[own].tolist()
+            asked += zip(events, [question.task] * len(own), inputs, predictions, strict=True)
+        asked.sort(key=lambda one: one[0])
+        crossings = _Crossings(self.joiner, records, columns, watermark_before)
+        for event, task, inputs, prediction in asked:
+            self._release(crossings, event)
+            record = records[event]
+            if late[event]:
+                self.metrics.late_predictions.labels(task).inc()
+                continue
+            learner = self.learners[task]
+            if learner.observe(inputs):
+                self._count_learned(learner)
+                if self.recorder is not None:
+                    self.recorder.standardiser(task, learner.standardiser)
+            self.joiner.advance(record.partition, int(watermark_before[event]))
+            joined = self.joiner.capture(
+                record.partition,
+                Example(
+                    task,
+                    record.key or b"",
+                    int(columns.timestamp_ms[event]),
+                    inputs,
+                    prediction,
+                    self._served_version,
+                ),
+            )
+            if joined is not None:
+                self._learn(joined)
+        self._release(crossings, columns.n)
+
+    def _release(self, crossings: _Crossings, before: int) -> None:
+        """Learn the held labels that events before the one at index `before` release."""
+        while (found := crossings.first()) is not None and found.event < before:
+            for joined in self.joiner.release(found.partition, found.watermark_ms, found.released_ms):
+                self._learn(joined)
+
+    def apply_feedback(self, records: Sequence[Record]) -> None:
+        """Apply feedback records in order, of any partitions."""
+        for record in records:
+            try:
+                feedback = decode_feedback(record.key, record.value, record.headers, self.settings)
+            except RecordError as error:
+                self.metrics.dead_letters.labels(error.reason).inc()
+                self._refuse(record, error)
+                continue
+            joined = self.joiner.feedback(record.partition, feedback, record.timestamp_ms)
+            if joined is not None:
+                self._learn(joined)
+        self._move(FEEDBACK, records)
+
+    def _learn(self, joined: Joined) -> None:
+        example = joined.example
+        learner = self.learners[example.task]
+        learner.learn(example.inputs, joined.label, joined.weight, example.prediction, joined.published_ms)
+        if self.recorder is not None:
+            self.recorder.example(joined)
+        self._count_learned(learner)
+
+    def _count_learned(self, learner: TaskLearner) -> None:
+        self.metrics.learned.labels(learner.task).inc(learner.learned)
+        self.metrics.dropped.labels(learner.task).inc(learner.dropped)
+        learner.learned = learner.dropped = 0
+
+    def _move(self, kind: int, records: Sequence[Record]) -> None:
+        for record in records:
+            self.positions[kind, record.partition] = record.offset + 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a version published now would hold: the trunk, and every task's head."""
+        tensors: dict[str, Tensor] = dict(self.parameters)
+        for learner in self.learners.values():
+            tensors.update(learner.head())
+        return tensors
+
+    def unpublished(self) -> dict[str, int]:
+        """By task, how many labels its posterior has that no confirmed version has."""
+        return {task: len(learner.included) for task, learner in self.learners.items() if learner.included}
+
+    def feedback_ms(self) -> list[int]:
+        """Kafka's times of the feedback that the next version is the first to include."""
+        return [at for learner in self.learners.values() for at in learner.included]
+
+    def confirm(self, included: dict[str, int]) -> None:
+        """These many labels of each task are in a confirmed version."""
+        for task, count in included.items():
+            self.learners[task].confirm(count)
+
+    def checkpoint(self, version: int) -> None:
+        """Write everything as one.
+
+        Parameters
+        ----------
+        version: the last published.
+
+        Raises
+        ------
+        StoreError: the disk refuses; the last checkpoint stands, and everything is still to be written.
+        """
+        self.replica.sweep(self.joiner.watermarks)
+        self.joiner.sweep()
+        changes: Changes = {}
+        self.replica.save(changes)
+        self.joiner.save(changes)
+        for learner in self.learners.values():
+            learner.save(changes)
+        if not self._parameters_saved:
+            for name, tensor in self.parameters.items():
+                changes[_PARAMETER + name.encode()] = pack_array(tensor)
+        if self.recorder is not None:
+            self._recorded = self.recorder.length
+        changes[_STATE] = msgpack.packb(
+            {
+                "layout": self.layout.fingerprint,
+                "trunk": self.parameters.trunk_id,
+                "positions": [[kind, p, offset] for (kind, p), offset in self.positions.items()],
+                "watermarks": self.joiner.watermarks,
+                "waiting": self.joiner.waiting,
+                "version": max(version, self.version_floor),
+                "recorded": self._recorded,
+            }
+        )
+        self.database.write(changes)
+        self._parameters_saved = True
+        self.replica.saved()
+        self.joiner.saved()
+        for learner in self.learners.values():
+            learner.saved()
+
+    def observe_metrics(self) -> None:
+        """Set the gauges."""
+        self.metrics.pending_examples.set(self.joiner.waiting)
+        self.metrics.pending_feedback.set(self.joiner.pending)
+        self.metrics.held_labels.set(self.joiner.held)
+        for task, learner in self.learners.items():
+            if len(learner.prequential):
+                self.metrics.prequential_loss.labels(task).set(learner.prequential.log_loss())
+                self.metrics.prequential_auc.labels(task).set(learner.prequential.auc())
+
+    def close(self) -> None:
+        """Release the directory and the record file, without a checkpoint."""
+        if self.recorder is not None:
+            self.recorder.close()
+        self.database.close()
+
+
+@dataclass(frozen=True)
+class _Crossing:
+    """An event that brings its partition's watermark past the window of a held label."""
+
+    event: int
+    partition: int
+    watermark_ms: int
+    released_ms: int
+
+
+class _Crossings:
+    """Finds, in a batch, where watermarks pass what the joiner holds: at the event itself, wherever batches are
+    cut."""
+
+    def __init__(
+        self,
+        joiner: Joiner,
+        records: Sequence[Record],
+        columns: EventColumns,
+        watermark_before: NDArray[np.int64],
+    ) -> None:
+        self._joiner = joiner
+        self._records = records
+        accepted = np.flatnonzero(columns.accepted)
+        partitions = np.array([records[i].partition for i in accepted.tolist()], np.int64)
+        self._events = {p: accepted[partitions == p] for p in np.unique(partitions).tolist()}
+        self._watermarks = {
+            p: np.maximum(watermark_before[own], columns.timestamp_ms[own]) for p, own in self._events.items()
+        }
+
+    def first(self) -> _Crossing | None:
+        """The first event of the batch that releases something of what is held now."""
+        found: _Crossing | None = None
+        for partition, events in self._events.items():
+            end_ms = self._joiner.next_release_ms(partition)
+            if end_ms is None:
+                continue
+            watermarks = self._watermarks[partition]
+            at = int(np.searchsorted(watermarks, end_ms, "right"))
+            if at < len(events) and (found is None or events[at] < found.event):
+                event = int(events[at])
+                found = _Crossing(event, partition, int(watermarks[at]), self._records[event].timestamp_ms)
+        return found

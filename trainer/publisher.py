@@ -1,0 +1,234 @@
+"""Publishes parameter versions: one Kafka transaction for each, changed tensors first, the marker last.
+
+Guaranteed: versions rise, over restarts too; a version's records are kept and sent again, the same bytes,
+until the broker confirmed their transaction, so no change is dropped and no version has two contents. The
+transactional id is the group's trainer's: whoever opens a publisher fences the one before it, and a fenced
+one raises `Fenced` instead of trying again.
+
+Not guaranteed: that each state of the parameters becomes a version; what changes while a version waits for
+its confirmation goes into the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
+
+from stream.errors import BrokerError, Fenced
+from stream.kafka import producer_config
+from stream.model.parameters import ParameterSet, Tensor, encode_tensor, tensor_checksum
+from stream.parameter_log import MARKER_KEY, Marker, ParameterReader, encode_marker
+from stream.settings import Settings
+
+__all__ = ["Publisher", "read_latest"]
+
+logger = logging.getLogger(__name__)
+
+_TRANSACTION_TIMEOUT_S = 60.0
+
+
+def read_latest(settings: Settings, timeout_s: float = 60.0) -> tuple[ParameterSet, Marker] | None:
+    """The last whole version in the log, and its marker; None where there is none.
+
+    Raises
+    ------
+    BrokerError: the log cannot be read to its end in time.
+    """
+    reader = ParameterReader(settings)
+    reader.start()
+    try:
+        if not reader.wait_until_caught_up(timeout_s):
+            if isinstance(reader.error, BrokerError):
+                raise reader.error
+            raise BrokerError(f"topic {settings.topics.parameters!r} was not read to its end in {timeout_s:g} s")
+        return reader.staged
+    finally:
+        reader.stop()
+
+
+@dataclass(frozen=True)
+class _Version:
+    """A version on its way: records in order, and what is live once it is confirmed."""
+
+    parameters: ParameterSet
+    marker: Marker
+    records: list[tuple[bytes, bytes | None]]
+
+
+class Publisher:
+    """The one writer of the parameters topic.
+
+    Opening it fences an earlier one, then reads the log: `current` is the last whole version, if there is
+    one.
+
+    Parameters
+    ----------
+    timeout_s: how long one attempt may wait for the broker.
+
+    Raises
+    ------
+    BrokerError: the broker does not answer in time.
+    """
+
+    def __init__(self, settings: Settings, timeout_s: float = 15.0) -> None:
+        self._settings = settings
+        self._topic = settings.topics.parameters
+        self._timeout_s = timeout_s
+        self._producer: Producer | None = None
+        self._pending: _Version | None = None
+        self._refused: KafkaError | None = None
+        self._open()
+        latest = read_latest(settings)
+        self._marker = latest[1] if latest else None
+        self.current = latest[0] if latest else None
+        self.epoch = (self._marker.epoch if self._marker else 0) + 1
+        self._last_version = self._marker.version if self._marker else 0
+
+    @property
+    def version(self) -> int:
+        """The last version that was confirmed, 0 before the first."""
+        return self.current.version if self.current is not None else 0
+
+    def raise_floor(self, version: int) -> None:
+        """No version at or below this is published, whatever the log says (it may have been emptied)."""
+        self._last_version = max(self._last_version, version)
+
+    @property
+    def is_waiting(self) -> bool:
+        """True while a version was sent and is not confirmed."""
+        return self._pending is not None
+
+    def publish(self, tensors: Mapping[str, Tensor], feedback_ms: Sequence[int], now_ms: int) -> ParameterSet:
+        """Send these tensors as the next version and wait until the broker has confirmed it.
+
+        While an earlier version waits for its confirmation, call `retry` instead.
+
+        Parameters
+        ----------
+        tensors: all of the version's tensors, by name.
+        feedback_ms: Kafka's times of the feedback that is new in it.
+
+        Raises
+        ------
+        Fenced: another trainer has taken over.
+        BrokerError: not confirmed; the version waits for `retry`.
+        """
+        assert self._pending is None, "a version waits for its confirmation"
+        self._pending = self._compose(tensors, feedback_ms, now_ms)
+        return self.retry()
+
+    def retry(self) -> ParameterSet:
+        """Send the waiting version, the same bytes; see `publish`."""
+        assert self._pending is not None, "no version waits"
+        version = self._pending
+        try:
+            self._send(version.records)
+        except Fenced:
+            raise
+        except BrokerError:
+            # The outcome may be unknown. A new producer of the same id first ends the old transaction, one
+            # way or the other; then the same version follows, which readers that have it ignore.
+            self._forget()
+            raise
+        self._pending = None
+        self._marker = version.marker
+        self.current = version.parameters
+        return version.parameters
+
+    def close(self) -> None:
+        """Forget the producer; never raises."""
+        self._forget()
+
+    def _compose(self, tensors: Mapping[str, Tensor], feedback_ms: Sequence[int], now_ms: int) -> _Version:
+        number = self._last_version + 1
+        live = self._marker.tensors if self._marker is not None else {}
+        entries: dict[str, tuple[int, int]] = {}
+        records: list[tuple[bytes, bytes | None]] = []
+        for name, tensor in tensors.items():
+            if name in live and self.current is not None and _same(self.current[name], tensor):
+                entries[name] = live[name]
+                continue
+            record = encode_tensor(name, number, tensor)
+            entries[name] = (number, tensor_checksum(record))
+            records.append((name.encode(), record))
+        records += [(name.encode(), None) for name in live if name not in tensors]
+        marker = Marker(self.epoch, number, self.version, entries, tuple(feedback_ms), now_ms)
+        records.append((MARKER_KEY, encode_marker(marker)))
+        self._last_version = number
+        return _Version(ParameterSet(tensors, number), marker, records)
+
+    def _open(self) -> None:
+        config = producer_config(
+            self._settings,
+            transactional_id=f"{self._settings.kafka.group}-trainer",
+            transaction_timeout_ms=int(_TRANSACTION_TIMEOUT_S * 1000),
+            linger_ms=0,
+            compression_type="none",
+        )
+        producer = Producer(config)
+        try:
+            producer.init_transactions(self._timeout_s)
+        except KafkaException as error:
+            raise self._error(error, "the transactional id was not granted") from error
+        self._producer = producer
+
+    def _send(self, records: list[tuple[bytes, bytes | None]]) -> None:
+        if self._producer is None:
+            self._reopen()
+        producer = self._producer
+        assert producer is not None
+        self._refused = None
+        try:
+            producer.begin_transaction()
+            for key, value in records:
+                producer.produce(self._topic, value, key, partition=0, on_delivery=self._delivered)
+            producer.commit_transaction(self._timeout_s)
+        except (KafkaException, BufferError) as error:
+            if isinstance(error, BufferError):
+                raise BrokerError(f"parameters cannot be sent: {error}") from error
+            raise self._error(error, "a version was not confirmed") from error
+        if self._refused is not None:
+            raise BrokerError(f"a version was not confirmed: {self._refused.str()}")
+
+    def _reopen(self) -> None:
+        """Take the transactional id again after a failure, unless a later trainer has written since."""
+        latest = read_latest(self._settings, self._timeout_s)
+        if latest is not None and latest[1].epoch > self.epoch:
+            raise Fenced(
+                f"the parameters topic {self._topic!r} has versions of epoch {latest[1].epoch}, this trainer's is "
+                f"{self.epoch}: another trainer has taken over; this one must stop"
+            )
+        self._open()
+
+    def _delivered(self, error: KafkaError | None, message: Message) -> None:
+        if error is not None:
+            self._refused = error
+
+    def _error(self, error: KafkaException, what: str) -> BrokerError:
+        reason: KafkaError = error.args[0]
+        if reason.code() in (
+            KafkaError._FENCED,
+            KafkaError.INVALID_PRODUCER_EPOCH,
+            KafkaError.PRODUCER_FENCED,
+        ):
+            return Fenced(
+                f"{what}: {reason.str()}; another trainer of group {self._settings.kafka.group!r} has taken over "
+                f"(transactional id {self._settings.kafka.group}-trainer); this one must stop"
+            )
+        return BrokerError(f"{what}: {reason.str()}")
+
+    def _forget(self) -> None:
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            with contextlib.suppress(KafkaException):
+                producer.abort_transaction(1.0)
+            producer.purge()
+            producer.flush(1.0)
+
+
+def _same(old: Tensor, new: Tensor) -> bool:
+    return old is new or (old.dtype == new.dtype and old.shape == new.shape and old.tobytes() == new.tobytes())

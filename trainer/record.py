@@ -1,0 +1,194 @@
+"""A file of everything that was learned from: answered examples in the order they were answered.
+
+The file is a sequence of MessagePack maps, each after its length as 4 bytes, little-endian: `standardiser`
+entries, written when a task's is fixed, and `example` entries. It is for evaluation after the fact, such as
+"what would the model of mid-year have said"; nothing reads it to learn. What was learned is in the file at
+once, for readers beside a running trainer; what a crash took back is cut off when the trainer resumes.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+
+from stream.errors import DataError
+from stream.model.heads import standardise
+from trainer.joiner import Joined
+from trainer.learner import BayesianLogistic, Standardiser
+
+__all__ = ["AnsweredExamples", "Recorder", "frozen_predictions", "read_record"]
+
+_LENGTH = struct.Struct("<I")
+
+
+class Recorder:
+    """Appends to a record file.
+
+    Parameters
+    ----------
+    length: bytes of the file to keep: what was written by the checkpoint that is gone on from.
+
+    Raises
+    ------
+    DataError: the file cannot be written, or is shorter than `length`.
+    """
+
+    def __init__(self, path: Path, length: int = 0) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: BinaryIO = path.open("r+b" if path.exists() else "w+b")
+            size = self._file.seek(0, 2)
+            if size < length:
+                self._file.close()
+                raise DataError(
+                    f"record file {str(path)!r} has {size} bytes, the checkpoint says {length}: "
+                    f"restore it, or give --record another name together with another trainer.data_dir"
+                )
+            self._file.truncate(length)
+            self._file.seek(length)
+        except OSError as error:
+            raise DataError(f"record file {str(path)!r} cannot be written: {error}") from error
+
+    def example(self, joined: Joined) -> None:
+        """Append one answered example."""
+        example = joined.example
+        self._append(
+            {
+                "kind": "example",
+                "task": example.task,
+                "client_id": example.client_id,
+                "as_of_ms": example.as_of_ms,
+                "label": joined.label,
+                "weight": joined.weight,
+                "timestamp_ms": joined.known_ms,
+                "final_ms": joined.final_ms,
+                "inputs": example.inputs.tobytes(),
+                "prediction": example.prediction,
+                "version": example.version,
+            }
+        )
+
+    def standardiser(self, task: str, standardiser: Standardiser) -> None:
+        """Append a task's center and scale."""
+        assert standardiser.center is not None
+        assert standardiser.scale is not None
+        self._append(
+            {
+                "kind": "standardiser",
+                "task": task,
+                "center": standardiser.center.tobytes(),
+                "scale": standardiser.scale.tobytes(),
+            }
+        )
+
+    @property
+    def length(self) -> int:
+        """Bytes of the file."""
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        packed: bytes = msgpack.packb(entry)
+        self._file.write(_LENGTH.pack(len(packed)) + packed)
+        # A reader beside a running trainer finds what was learned so far.
+        self._file.flush()
+
+
+@dataclass
+class AnsweredExamples:
+    """The answered examples of one task, in the order they were answered; n of them.
+
+    `inputs` (n, F); `known_ms` (n,) when the label became known, `final_ms` (n,) when it could be learned, its
+    window closed too; `prediction` (n,) as served, NaN where there
+    was no head; `center`, `scale` (F,), empty if they were never fixed.
+    """
+
+    client_id: list[bytes] = field(default_factory=list)
+    as_of_ms: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    label: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    weight: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    known_ms: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    final_ms: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    inputs: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    prediction: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    center: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    scale: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+
+    def __len__(self) -> int:
+        return len(self.client_id)
+
+
+def read_record(path: str | Path) -> dict[str, AnsweredExamples]:
+    """Answered examples by task; a last entry that was cut off is left out.
+
+    Raises
+    ------
+    DataError: the file cannot be read or is something else.
+    """
+    examples: dict[str, list[dict[str, Any]]] = {}
+    standardisers: dict[str, dict[str, Any]] = {}
+    try:
+        data = Path(path).read_bytes()
+        at = 0
+        while at + _LENGTH.size <= len(data):
+            (length,) = _LENGTH.unpack_from(data, at)
+            at += _LENGTH.size
+            if at + length > len(data):
+                break
+            entry = msgpack.unpackb(data[at : at + length])
+            at += length
+            if entry["kind"] == "standardiser":
+                standardisers[entry["task"]] = entry
+            else:
+                examples.setdefault(entry["task"], []).append(entry)
+        return {task: _columns(found, standardisers.get(task)) for task, found in examples.items()}
+    except (OSError, ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+        raise DataError(f"record file {str(path)!r} cannot be read: {error}") from error
+
+
+def _columns(found: list[dict[str, Any]], standardiser: dict[str, Any] | None) -> AnsweredExamples:
+    columns = AnsweredExamples(
+        client_id=[entry["client_id"] for entry in found],
+        as_of_ms=np.array([entry["as_of_ms"] for entry in found], np.int64),
+        label=np.array([entry["label"] for entry in found], np.bool_),
+        weight=np.array([entry["weight"] for entry in found], np.float64),
+        known_ms=np.array([entry["timestamp_ms"] for entry in found], np.int64),
+        final_ms=np.array([entry["final_ms"] for entry in found], np.int64),
+        inputs=np.stack([np.frombuffer(entry["inputs"], np.float32) for entry in found]),
+        prediction=np.array([entry["prediction"] for entry in found], np.float32),
+    )
+    if standardiser is not None:
+        columns.center = np.frombuffer(standardiser["center"], np.float64)
+        columns.scale = np.frombuffer(standardiser["scale"], np.float64)
+    return columns
+
+
+def frozen_predictions(examples: AnsweredExamples, until_ms: int, head: BayesianLogistic) -> NDArray[np.float64]:
+    """(n,) what the head that stopped learning at `until_ms` says of every example, before and after.
+
+    It learned, in the recorded order, from the labels final at or before `until_ms`, as the live one did.
+
+    Parameters
+    ----------
+    head: the task's prior; it learns here.
+
+    Raises
+    ------
+    DataError: the standardiser was never fixed, so there was no head.
+    """
+    if not len(examples.center):
+        raise DataError("the record has no standardiser: fewer examples than tasks.<name>.standardise_after were seen")
+    x = standardise(examples.inputs, examples.center, examples.scale)
+    for i in np.flatnonzero(examples.final_ms <= until_ms).tolist():
+        if np.isfinite(x[i]).all():
+            head.learn(x[i], bool(examples.label[i]), float(examples.weight[i]))
+    return head.predict(x)

@@ -1,0 +1,219 @@
+"""The trainer's own copy of the rows, advanced by the same engine as the workers'.
+
+A row belongs to a client in a partition, by its whole key. Memory is bounded by `memory_rows`: rows that were
+not used lately leave it after a checkpoint and are read back from the database when needed; while too many
+rows have changed since the last checkpoint, `is_full` asks for one.
+
+Guaranteed: a row in the database is of a checkpoint's instant, never newer. Rows past their time to live
+start from nothing when their client returns, and leave the disk in bounded slices (`sweep`).
+
+Not guaranteed: what `store.max_rows` does in a worker. A client that was put out there by that cap starts
+anew in the worker and goes on here.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from stream.errors import StoreError
+from trainer.checkpoint import Changes, Database
+
+__all__ = ["Replica", "late_events"]
+
+_PREFIX = b"r"
+_HEADER_BYTES = 24
+_FIRST_ROWS = 1024
+#: Rows looked at for their time to live in one sweep.
+_SWEEP_ROWS = 5_000
+
+
+class Replica:
+    """Rows by slot; the arrays are reached through the attributes anew after each `slots`, as growth moves
+    them.
+
+    Parameters
+    ----------
+    database: where rows of earlier checkpoints are.
+    width: floats in a row.
+    memory_rows: rows kept in memory between checkpoints.
+    ttl_ms: time to live in event time against the partition's watermark; None: for ever.
+    """
+
+    def __init__(self, database: Database, width: int, memory_rows: int, ttl_ms: int | None) -> None:
+        self._database = database
+        self._width = width
+        self._limit = memory_rows
+        self._ttl_ms = ttl_ms
+        self._slot: dict[bytes, int] = {}
+        self._free: list[int] = []
+        self._key: list[bytes] = []
+        self._dirty = np.zeros(0, np.bool_)
+        self._used = np.zeros(0, np.int64)
+        self._tick = 0
+        self._expired: set[bytes] = set()
+        self._cursor: bytes | None = None
+        self.vectors = np.zeros((0, width), np.float32)
+        self.events_seen = np.zeros(0, np.int64)
+        self.last_event_ms = np.zeros(0, np.int64)
+        self.applied_offset = np.zeros(0, np.int64)
+        self._grow(_FIRST_ROWS)
+
+    def __len__(self) -> int:
+        """Rows in memory."""
+        return len(self._slot)
+
+    @property
+    def is_full(self) -> bool:
+        """True when a checkpoint is due so that rows can leave memory."""
+        return len(self._slot) >= self._limit
+
+    def slots(
+        self, clients: Sequence[bytes], partitions: Sequence[int], watermarks: dict[int, int]
+    ) -> NDArray[np.int64]:
+        """(n,) slot of each client's row, read back or made new where needed, and marked as changed."""
+        prefixes = {p: _prefix(p) for p in set(partitions)}
+        keys = [prefixes[p] + client for client, p in zip(clients, partitions, strict=True)]
+        get = self._slot.get
+        found = np.array([get(key, -1) for key in keys], np.int64)
+        missing = np.flatnonzero(found < 0)
+        if len(missing):
+            self._admit(list(dict.fromkeys(keys[i] for i in missing)))
+            for i in missing.tolist():
+                found[i] = self._slot[keys[i]]
+        if self._ttl_ms is not None:
+            self._expire(found, np.asarray(partitions, np.int64), watermarks)
+        self._tick += 1
+        self._used[found] = self._tick
+        self._dirty[found] = True
+        return found
+
+    def _admit(self, keys: list[bytes]) -> None:
+        while len(self._free) < len(keys):
+            self._grow(2 * len(self._dirty))
+        stored = self._database.get_many(keys)
+        for key, row in zip(keys, stored, strict=True):
+            slot = self._free.pop()
+            self._slot[key] = slot
+            self._key[slot] = key
+            if row is None:
+                self._reset(slot)
+            else:
+                self._decode(slot, row)
+
+    def _expire(self, slots: NDArray[np.int64], partitions: NDArray[np.int64], watermarks: dict[int, int]) -> None:
+        limit = np.array([watermarks.get(p, 0) for p in partitions.tolist()], np.int64) - (self._ttl_ms or 0)
+        over = (self.events_seen[slots] > 0) & (self.last_event_ms[slots] <= limit)
+        for slot in np.unique(slots[over]).tolist():
+            self._reset(slot)
+
+    def _reset(self, slot: int) -> None:
+        self.vectors[slot] = 0.0
+        self.events_seen[slot] = 0
+        self.last_event_ms[slot] = 0
+        self.applied_offset[slot] = -1
+
+    def _decode(self, slot: int, row: bytes) -> None:
+        if len(row) != _HEADER_BYTES + 4 * self._width:
+            raise StoreError(
+                f"a row of {self._database.path} has {len(row)} bytes: expected "
+                f"{_HEADER_BYTES + 4 * self._width}; its settings were others"
+            )
+        seen, last_ms, offset = struct.unpack_from("<qqq", row)
+        self.events_seen[slot], self.last_event_ms[slot], self.applied_offset[slot] = seen, last_ms, offset
+        self.vectors[slot] = np.frombuffer(row, np.float32, offset=_HEADER_BYTES)
+
+    def _grow(self, rows: int) -> None:
+        before = len(self._dirty)
+        added = rows - before
+        self.vectors = np.concatenate([self.vectors, np.zeros((added, self._width), np.float32)])
+        self.events_seen = np.concatenate([self.events_seen, np.zeros(added, np.int64)])
+        self.last_event_ms = np.concatenate([self.last_event_ms, np.zeros(added, np.int64)])
+        self.applied_offset = np.concatenate([self.applied_offset, np.full(added, -1, np.int64)])
+        self._dirty = np.concatenate([self._dirty, np.zeros(added, np.bool_)])
+        self._used = np.concatenate([self._used, np.zeros(added, np.int64)])
+        self._key += [b""] * added
+        self._free += range(rows - 1, before - 1, -1)
+
+    def sweep(self, watermarks: dict[int, int]) -> None:
+        """Find the next slice of rows past their time to live on disk; the next checkpoint drops them."""
+        if self._ttl_ms is None:
+            return
+        looked, last = 0, None
+        for key, row in self._database.scan(_PREFIX, self._cursor):
+            looked, last = looked + 1, key
+            (partition,) = struct.unpack_from(">I", key, 1)
+            (last_ms,) = struct.unpack_from("<q", row, 8)
+            if key not in self._slot and last_ms <= watermarks.get(partition, 0) - self._ttl_ms:
+                self._expired.add(key)
+            if looked >= _SWEEP_ROWS:
+                break
+        self._cursor = last + b"\0" if last is not None and looked >= _SWEEP_ROWS else None
+
+    def save(self, changes: Changes) -> None:
+        """Add every row that changed since the last checkpoint, and the expired ones."""
+        for key in self._expired:
+            if key not in self._slot:
+                changes[key] = None
+        dirty = np.flatnonzero(self._dirty)
+        header = np.stack([self.events_seen[dirty], self.last_event_ms[dirty], self.applied_offset[dirty]], axis=1)
+        encoded = np.concatenate(
+            [header.view(np.uint8).reshape(len(dirty), _HEADER_BYTES), self.vectors[dirty].view(np.uint8)], axis=1
+        )
+        size = encoded.shape[1]
+        data = encoded.tobytes()
+        for i, slot in enumerate(dirty.tolist()):
+            changes[self._key[slot]] = data[i * size : (i + 1) * size]
+
+    def saved(self) -> None:
+        """The checkpoint is written: nothing is owed, and rows beyond the limit may leave memory."""
+        self._expired.clear()
+        self._dirty[:] = False
+        if len(self._slot) < self._limit:
+            return
+        slots = np.fromiter(self._slot.values(), np.int64, len(self._slot))
+        leave = len(slots) - self._limit * 3 // 4
+        for slot in slots[np.argpartition(self._used[slots], leave - 1)[:leave]].tolist():
+            del self._slot[self._key[slot]]
+            self._key[slot] = b""
+            self._free.append(slot)
+
+
+def _prefix(partition: int) -> bytes:
+    return _PREFIX + struct.pack(">I", partition)
+
+
+@njit(cache=True, nogil=True)
+def _mark_late(client, timestamp_ms, newest, late):  # type: ignore[no-untyped-def]
+    for i in range(client.shape[0]):
+        if timestamp_ms[i] < newest[client[i]]:
+            late[i] = True
+        else:
+            newest[client[i]] = timestamp_ms[i]
+
+
+def late_events(
+    slots: NDArray[np.int64],
+    timestamp_ms: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    replica: Replica,
+) -> NDArray[np.bool_]:
+    """(n,) True where an event is older than one that its row has seen before it.
+
+    Parameters
+    ----------
+    slots: (n,) rows before the events are applied; -1 for events that are left out.
+    """
+    late = np.zeros(len(slots), np.bool_)
+    chosen = np.flatnonzero(slots >= 0)
+    chosen = chosen[offsets[chosen] > replica.applied_offset[slots[chosen]]]
+    unique, client = np.unique(slots[chosen], return_inverse=True)
+    newest = np.where(replica.events_seen[unique] > 0, replica.last_event_ms[unique], np.int64(-1))
+    marked = np.zeros(len(chosen), np.bool_)
+    _mark_late(client.astype(np.int64), timestamp_ms[chosen], newest, marked)
+    late[chosen] = marked
+    return late

@@ -1,0 +1,402 @@
+"""The trainer as a process: Kafka in, parameter versions out, checkpoints on the way.
+
+It reads all partitions of events and feedback by itself (no consumer group decides), from the positions of
+its checkpoint, and takes their records in the order of `Timeline`. Versions go out every `publish_interval_s`
+when something changed; a version that is not confirmed is sent again before anything newer.
+
+Guaranteed: what a checkpoint holds was read once; records refused since the last checkpoint are in
+dead-letters before their positions are written (twice, perhaps, after a crash). A trainer that resumes behind
+its last published version publishes nothing until it has read again what was there when it started, so
+workers never go back.
+
+Not guaranteed: progress without the broker. The process waits for it and says so; `/readyz` turns 503.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+
+from stream.errors import BrokerError, Fenced, RecordError
+from stream.kafka import client_config, ensure_topics, producer_config, wait_until_reachable
+from stream.metrics import TrainerMetrics
+from stream.model.parameters import ParameterSet
+from stream.settings import Settings
+from stream.wire import dead_letter_headers
+from trainer.monitoring import Health, Monitoring
+from trainer.online import OnlineTrainer
+from trainer.pretrain import random_trunk
+from trainer.publisher import Publisher
+from trainer.timeline import EVENTS, FEEDBACK, Record, Timeline
+
+__all__ = ["TrainerService"]
+
+logger = logging.getLogger(__name__)
+
+_FETCH_RECORDS = 10_000
+_FETCH_WAIT_S = 0.02
+#: A partition is not read further ahead than this while others hold it up.
+_BUFFERED = 20_000
+#: How long one partition that brings nothing may hold up the others.
+_PATIENCE_S = 5.0
+_RETRY_S = 1.0
+_GAUGES_S = 1.0
+_DEAD_LETTERS_S = 30.0
+
+
+@dataclass
+class _Timer:
+    """True from `seconds` after it last was."""
+
+    seconds: float
+    due_at: float = 0.0
+
+    def is_due(self, now: float) -> bool:
+        if now < self.due_at:
+            return False
+        self.due_at = now + self.seconds
+        return True
+
+
+class TrainerService:
+    """One trainer.
+
+    Parameters
+    ----------
+    settings: what to learn, and where the broker is.
+    parameters: the trunk to start with. A checkpoint in `trainer.data_dir` goes before it; without both, the
+        trunk of the last published version, and without that a random one.
+    record: file to append answered examples to.
+    metrics: counted into.
+    clock, monotonic: UTC seconds, and seconds that never go back.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        parameters: ParameterSet | None = None,
+        record: Path | None = None,
+        metrics: TrainerMetrics | None = None,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.settings = settings
+        self.metrics = metrics or TrainerMetrics()
+        self.health = Health()
+        self.trainer: OnlineTrainer | None = None
+        self.http_port = 0
+        self._parameters = parameters
+        self._record = record
+        self._clock = clock
+        self._monotonic = monotonic
+        self._stopping = threading.Event()
+        self._timeline = Timeline(settings.topics.partitions)
+        self._topics = {settings.topics.events: EVENTS, settings.topics.feedback: FEEDBACK}
+        self._paused: set[tuple[int, int]] = set()
+        self._refused: KafkaError | None = None
+        #: Ends of the partitions at the start that are still to be reached.
+        self._behind: dict[tuple[int, int], int] = {}
+        self._ends: dict[tuple[int, int], int] = {}
+
+    def stop(self) -> None:
+        """Ask the running service to publish what changed, write a checkpoint and return."""
+        self._stopping.set()
+
+    def run(self, broker_timeout_s: float = 30.0) -> None:
+        """Train until stopped.
+
+        Raises
+        ------
+        BrokerError: the broker is not there at the start, or its topics are not.
+        Fenced: another trainer has taken over.
+        StoreError, ParametersError: what there is on disk does not fit the settings.
+        """
+        settings = self.settings
+        with Monitoring(
+            settings.trainer.http_host, settings.trainer.http_port, self.metrics.registry, self.health
+        ) as monitoring:
+            self.http_port = monitoring.port
+            wait_until_reachable(settings, broker_timeout_s)
+            ensure_topics(settings, create=False)
+            self._publisher = Publisher(settings)
+            try:
+                self._train()
+            finally:
+                self._publisher.close()
+                self.health.ready = False
+
+    def _train(self) -> None:
+        settings, published = self.settings, self._publisher.current
+        trainer = OnlineTrainer(
+            settings,
+            Path(settings.trainer.data_dir),
+            self._initial(published),
+            self.metrics,
+            self._refuse,
+            self._record,
+        )
+        self.trainer = trainer
+        try:
+            self._publisher.raise_floor(trainer.version_floor)
+            if published is not None and published.trunk_id == trainer.parameters.trunk_id:
+                trainer.serve(published)
+            self._dead_letters = Producer(producer_config(settings))
+            consumer = Consumer(
+                client_config(
+                    settings,
+                    group_id=f"{settings.kafka.group}-trainer",
+                    enable_auto_commit=False,
+                    enable_auto_offset_store=False,
+                    isolation_level="read_committed",
+                    auto_offset_reset="earliest",
+                    enable_partition_eof=True,
+                    fetch_wait_max_ms=20,
+                    queued_min_messages=20_000,
+                    queued_max_messages_kbytes=32 * 1024,
+                )
+            )
+            try:
+                self._follow(consumer, trainer)
+            finally:
+                consumer.close()
+        finally:
+            trainer.close()
+
+    def _initial(self, published: ParameterSet | None) -> ParameterSet:
+        if self._parameters is not None:
+            return self._parameters
+        if published is not None:
+            return published
+        return random_trunk(self.settings, [])
+
+    def _follow(self, consumer: Consumer, trainer: OnlineTrainer) -> None:
+        settings = self.settings
+        assigned = [
+            TopicPartition(topic, p, trainer.positions.get((kind, p), 0))
+            for topic, kind in self._topics.items()
+            for p in range(settings.topics.partitions)
+        ]
+        self._find_ends(consumer, assigned)
+        consumer.assign(assigned)
+        published = self._publisher.current
+        logger.info(
+            "trainer starts: %s, trunk %s, last version %d, epoch %d",
+            "from its checkpoint" if trainer.resumed else "anew",
+            trainer.parameters.trunk_id,
+            self._publisher.version,
+            self._publisher.epoch,
+        )
+        if published is None or published.trunk_id != trainer.parameters.trunk_id:
+            self._behind.clear()
+        checkpoints = _Timer(settings.trainer.checkpoint_interval_s)
+        checkpoints.is_due(self._monotonic())
+        publishing, gauges = _Timer(settings.trainer.publish_interval_s), _Timer(_GAUGES_S)
+        retries = _Timer(_RETRY_S)
+        first = True
+        moved_at = self._monotonic()
+        self._observe(consumer, trainer)
+        self.health.ready = True
+        while not self._stopping.is_set():
+            now = self._monotonic()
+            if self._publisher.is_waiting:
+                if retries.is_due(now):
+                    first = not self._publish(trainer) and first
+            elif (first or trainer.unpublished()) and not self._behind and publishing.is_due(now):
+                first = not self._publish(trainer) and first
+            self._fetch(consumer)
+            moved = self._apply(trainer)
+            now = self._monotonic()
+            if moved or self._timeline.is_empty:
+                moved_at = now
+            elif now - moved_at > _PATIENCE_S:
+                for kind, p in self._timeline.stop_waiting():
+                    logger.warning("partition %d of %s brings nothing: going on without it", p, self._name(kind))
+            if checkpoints.is_due(now) or trainer.needs_checkpoint:
+                self._checkpoint(trainer)
+            if gauges.is_due(now):
+                self._observe(consumer, trainer)
+        if trainer.unpublished() or self._publisher.is_waiting:
+            self._publish(trainer)
+        self._checkpoint(trainer, _DEAD_LETTERS_S)
+        self._observe(consumer, trainer)
+
+    def _find_ends(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
+        """Check the positions against the logs, and note what there is to be read again.
+
+        Raises
+        ------
+        BrokerError: a log ends before the position: it is not the log that the checkpoint was made from.
+        """
+        for tp in assigned:
+            try:
+                low, high = consumer.get_watermark_offsets(tp, timeout=30.0)
+            except KafkaException as error:
+                raise BrokerError(f"the ends of the topics cannot be read: {error.args[0].str()}") from error
+            if high < tp.offset:
+                raise BrokerError(
+                    f"topic {tp.topic!r} partition {tp.partition} ends at offset {high}, but the checkpoint in "
+                    f"trainer.data_dir = {self.settings.trainer.data_dir!r} has read up to {tp.offset}: the topic "
+                    f"was made anew; use another trainer.data_dir, or restore the topic"
+                )
+            if low > tp.offset > 0:
+                logger.warning(
+                    "topic %s partition %d: %d records were deleted by the broker before they were read",
+                    tp.topic, tp.partition, low - tp.offset,
+                )  # fmt: skip
+            if low > tp.offset:
+                tp.offset = low
+            place = (self._topics[tp.topic], tp.partition)
+            self._ends[place] = high
+            if high > tp.offset:
+                self._behind[place] = high
+
+    def _fetch(self, consumer: Consumer) -> None:
+        found: dict[tuple[int, int], list[Record]] = {}
+        ended: set[tuple[int, int]] = set()
+        now_ms = int(self._clock() * 1000)
+        try:
+            messages = consumer.consume(_FETCH_RECORDS, timeout=_FETCH_WAIT_S)
+        except KafkaException as error:
+            raise BrokerError(f"events and feedback cannot be read: {error.args[0].str()}") from error
+        for message in messages:
+            problem = message.error()
+            if problem is None:
+                place = (self._topics[message.topic() or ""], message.partition() or 0)
+                found.setdefault(place, []).append(_record(message))
+                ended.discard(place)
+            elif problem.code() == KafkaError._PARTITION_EOF:
+                ended.add((self._topics[message.topic() or ""], message.partition() or 0))
+            elif problem.fatal():
+                raise BrokerError(f"topic {message.topic()!r} cannot be read: {problem.str()}")
+            else:
+                logger.warning("topic %s: %s", message.topic(), problem.str())
+        for (kind, p), records in found.items():
+            self._timeline.add(kind, p, records, now_ms)
+        for kind, p in ended:
+            self._timeline.end(kind, p)
+        for kind, p in found:
+            if (kind, p) not in self._paused and self._timeline.buffered(kind, p) > _BUFFERED:
+                self._paused.add((kind, p))
+                consumer.pause([TopicPartition(self._name(kind), p)])
+        for kind, p in list(self._paused):
+            if self._timeline.buffered(kind, p) < _BUFFERED // 4:
+                self._paused.discard((kind, p))
+                consumer.resume([TopicPartition(self._name(kind), p)])
+
+    def _apply(self, trainer: OnlineTrainer) -> bool:
+        """Apply what is ready, until a checkpoint is wanted or time is up."""
+        moved = False
+        until = self._monotonic() + self.settings.trainer.publish_interval_s / 2
+        while True:
+            blocked = [p for p in range(self.settings.topics.partitions) if trainer.joiner.is_full(p)]
+            ready = self._timeline.take(blocked)
+            if not ready:
+                break
+            moved = True
+            trainer.apply_events(ready.events)
+            trainer.apply_feedback(ready.feedback)
+            if trainer.needs_checkpoint or self._monotonic() > until:
+                break
+        for place, end in list(self._behind.items()):
+            # A log may end in records that no reader sees, so its end is also where reading ended.
+            if trainer.positions.get(place, 0) >= end or self._timeline.is_drained(*place):
+                del self._behind[place]
+        return moved
+
+    def _publish(self, trainer: OnlineTrainer) -> bool:
+        publisher = self._publisher
+        started = self._monotonic()
+        try:
+            if publisher.is_waiting:
+                version = publisher.retry()
+            else:
+                self._included = trainer.unpublished()
+                version = publisher.publish(trainer.tensors(), trainer.feedback_ms(), int(self._clock() * 1000))
+        except Fenced:
+            raise
+        except BrokerError as error:
+            self.metrics.publish_failures.inc()
+            self.health.ready = False
+            logger.warning("%s; it is tried again", error)
+            return False
+        self.health.ready = True
+        trainer.confirm(self._included)
+        trainer.serve(version)
+        self.metrics.publish_seconds.observe(self._monotonic() - started)
+        self.metrics.versions_published.inc()
+        self.metrics.version.set(version.version)
+        return True
+
+    def _checkpoint(self, trainer: OnlineTrainer, patience_s: float = 1.0) -> None:
+        """Write a checkpoint, unless dead letters that belong before it are still on their way."""
+        started = self._monotonic()
+        waiting = self._dead_letters.flush(patience_s)
+        if self._refused is not None:
+            raise BrokerError(f"topic {self.settings.topics.dead_letters!r} cannot be written: {self._refused.str()}")
+        if waiting:
+            logger.warning("no checkpoint: %d dead letters wait for the broker", waiting)
+            return
+        trainer.checkpoint(self._publisher.version)
+        self.metrics.checkpoint_seconds.observe(self._monotonic() - started)
+
+    def _observe(self, consumer: Consumer, trainer: OnlineTrainer) -> None:
+        trainer.observe_metrics()
+        for topic, kind in self._topics.items():
+            lag = 0
+            for p in range(self.settings.topics.partitions):
+                _, high = consumer.get_watermark_offsets(TopicPartition(topic, p), cached=True)
+                # Before the first fetch the client knows no end, and the one found at the start holds.
+                end = max(high, self._ends[kind, p])
+                lag += max(0, end - trainer.positions.get((kind, p), 0))
+            self.metrics.lag.labels(topic).set(lag)
+
+    def _refuse(self, record: Record, error: RecordError) -> None:
+        """Send an unusable feedback record to dead-letters, as it was received."""
+        headers = [
+            *record.headers,
+            *dead_letter_headers(
+                error.reason, str(error), self.settings.topics.feedback, record.partition, record.offset
+            ),
+        ]
+        while True:
+            try:
+                self._dead_letters.produce(
+                    self.settings.topics.dead_letters,
+                    record.value,
+                    record.key,
+                    headers=headers,
+                    on_delivery=self._delivered,
+                )
+                self._dead_letters.poll(0)
+                return
+            except BufferError:
+                self._dead_letters.poll(0.05)
+            except KafkaException as failure:
+                raise BrokerError(
+                    f"topic {self.settings.topics.dead_letters!r} cannot be written: {failure.args[0].str()}"
+                ) from failure
+
+    def _delivered(self, error: KafkaError | None, message: Message) -> None:
+        if error is not None:
+            self._refused = error
+
+    def _name(self, kind: int) -> str:
+        return self.settings.topics.events if kind == EVENTS else self.settings.topics.feedback
+
+
+def _record(message: Message) -> Record:
+    kind, timestamp_ms = message.timestamp()
+    return Record(
+        message.partition() or 0,
+        message.offset() or 0,
+        timestamp_ms if kind else 0,
+        message.key(),
+        message.value(),
+        message.headers() or (),
+    )

@@ -19,14 +19,15 @@ from stream.wire.reasons import OUT_OF_RANGE, UNKNOWN_TASK, WRONG_TYPE, refusal,
 __all__ = ["FeedbackRecord", "decode_feedback", "encode_feedback"]
 
 _REQUIRED: Final = ("client_id", "timestamp_ms", "as_of_ms", "task", "label")
-_OPTIONAL: Final = ("weight",)
+_OPTIONAL: Final = ("weight", "window_end_ms")
 
 
 class FeedbackRecord(NamedTuple):
     """One label.
 
     timestamp_ms: when it became known; as_of_ms: the prediction it answers, not later; both UTC milliseconds.
-    label: of a binary task. weight: finite, above 0.
+    label: of a binary task. weight: finite, above 0. window_end_ms: when the answer is final for every client
+    who was asked at the same time, not before as_of_ms, UTC milliseconds; None: it is final as it comes.
     """
 
     client_id: str
@@ -35,6 +36,7 @@ class FeedbackRecord(NamedTuple):
     task: str
     label: bool
     weight: float = 1.0
+    window_end_ms: int | None = None
 
 
 def decode_feedback(
@@ -66,8 +68,21 @@ def decode_feedback(
     if weight == 0.0:
         raise refusal(OUT_OF_RANGE, "weight", weight, "a number above 0")
     return FeedbackRecord(
-        client_id.decode("utf-8"), timestamp_ms, as_of_ms, task, _binary_label(content["label"]), weight
+        client_id.decode("utf-8"),
+        timestamp_ms,
+        as_of_ms,
+        task,
+        _binary_label(content["label"]),
+        weight,
+        _window_end_ms(content["window_end_ms"], as_of_ms) if "window_end_ms" in content else None,
     )
+
+
+def _window_end_ms(value: Any, as_of_ms: int) -> int:
+    end_ms = checks.timestamp_ms("window_end_ms", value)
+    if end_ms < as_of_ms:
+        raise refusal(OUT_OF_RANGE, "window_end_ms", end_ms, f"at least as_of_ms = {as_of_ms}")
+    return end_ms
 
 
 def _binary_label(label: Any) -> bool:
@@ -83,4 +98,5 @@ def encode_feedback(record: FeedbackRecord) -> bytes:
 
     Nothing is checked against settings here: whoever reads the record does that.
     """
-    return msgspec.msgpack.encode(record._asdict())
+    content = {name: value for name, value in record._asdict().items() if value is not None}
+    return msgspec.msgpack.encode(content)

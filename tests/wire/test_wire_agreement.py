@@ -258,15 +258,11 @@ def test_given_any_records_then_how_they_are_cut_into_blocks_does_not_matter(
     cut = data.draw(st.integers(0, len(batch)))
     keys, values = [key for key, _ in batch], [value for _, value in batch]
 
-    whole = described(
-        FAST.decode(RecordBlock.from_lists(keys, values, range(len(batch)), [RECORD_MS] * len(batch)))
-    )
+    whole = described(FAST.decode(RecordBlock.from_lists(keys, values, range(len(batch)), [RECORD_MS] * len(batch))))
     parts: list[Any] = []
     for part in (slice(0, cut), slice(cut, len(batch))):
         n = len(values[part])
-        parts += described(
-            FAST.decode(RecordBlock.from_lists(keys[part], values[part], range(n), [RECORD_MS] * n))
-        )
+        parts += described(FAST.decode(RecordBlock.from_lists(keys[part], values[part], range(n), [RECORD_MS] * n)))
 
     assert whole == parts
 
@@ -333,16 +329,12 @@ def test_given_every_truncation_of_a_record_then_each_is_refused() -> None:
 def test_given_every_text_of_two_and_many_of_four_bytes_then_both_ways_judge_utf8_alike() -> None:
     rng = random.Random(5)
     texts = [bytes([a, b]) for a in range(256) for b in range(0, 256, 3)]
-    texts += [
-        bytes([rng.choice([0xE0, 0xED, 0xEF, 0xF0, 0xF4, 0xF5]), *rng.randbytes(3)]) for _ in range(2000)
-    ]
+    texts += [bytes([rng.choice([0xE0, 0xED, 0xEF, 0xF0, 0xF4, 0xF5]), *rng.randbytes(3)]) for _ in range(2000)]
     for lead in (0xE0, 0xE1, 0xED, 0xF0, 0xF1, 0xF4):
         for second in (0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0):
             texts.append(bytes([lead, second, 0x80, 0x80]))
             texts.append(bytes([lead, second, 0x80, 0x41]))
-    start = (
-        b"\x84\xa9client_id\xa3ann\xactimestamp_ms\x01\xa8modality\xa3pay\xa6fields\x82\xa6amount\x01\xa4kind"
-    )
+    start = b"\x84\xa9client_id\xa3ann\xactimestamp_ms\x01\xa8modality\xa3pay\xa6fields\x82\xa6amount\x01\xa4kind"
     values: list[bytes | None] = [start + bytes([0xA0 | len(text)]) + text for text in texts]
 
     columns = assert_agreement([b"ann"] * len(values), values)
@@ -366,9 +358,7 @@ def test_given_any_bytes_as_json_then_nothing_raises(value: bytes) -> None:
 
 @thorough
 @given(valid_records(), st.integers(0, 1000), st.integers(0, 255))
-def test_given_json_with_a_byte_changed_then_nothing_raises(
-    record: tuple[bytes, bytes], at: int, byte: int
-) -> None:
+def test_given_json_with_a_byte_changed_then_nothing_raises(record: tuple[bytes, bytes], at: int, byte: int) -> None:
     key, value = record
     written = bytearray(json.dumps(msgpack.unpackb(value)).encode())
     written[at % len(written)] = byte

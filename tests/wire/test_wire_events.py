@@ -310,9 +310,7 @@ JSON_REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("reason", "value"), JSON_REFUSED, ids=[f"{i}-{r}" for i, (r, _) in enumerate(JSON_REFUSED)]
-)
+@pytest.mark.parametrize(("reason", "value"), JSON_REFUSED, ids=[f"{i}-{r}" for i, (r, _) in enumerate(JSON_REFUSED)])
 def test_bad_json_is_refused(settings: Settings, reason: str, value: bytes) -> None:
     decoder = EventDecoder(Schema.compile(settings), settings.limits, "json")
 
@@ -329,9 +327,7 @@ def test_bad_json_is_refused(settings: Settings, reason: str, value: bytes) -> N
         ("CONTENT-TYPE", b" application/json ; charset=utf-8"),
     ],
 )
-def test_given_a_json_header_then_that_record_is_read_as_json(
-    decoder: EventDecoder, header: tuple[str, bytes]
-) -> None:
+def test_given_a_json_header_then_that_record_is_read_as_json(decoder: EventDecoder, header: tuple[str, bytes]) -> None:
     packed = encode_event("ann", RECORD_MS, "purchase", {"amount": 1, "channel": "web"})
     written = encode_event_json("ann", RECORD_MS, "purchase", {"amount": 1, "channel": "web"}, "id")
 
@@ -347,9 +343,7 @@ def test_given_a_json_topic_then_a_msgpack_header_says_otherwise(settings: Setti
     packed = msgpack.packb(event())
     written = json.dumps(event()).encode()
 
-    columns = decoder.decode(
-        block(written, packed, headers=[(), [("content-type", b"application/vnd.msgpack")]])
-    )
+    columns = decoder.decode(block(written, packed, headers=[(), [("content-type", b"application/vnd.msgpack")]]))
 
     assert columns.rejected == []
 

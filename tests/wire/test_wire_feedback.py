@@ -8,10 +8,12 @@ from typing import Any
 
 import msgpack
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stream.errors import RecordError
 from stream.settings import parse
-from stream.wire import FeedbackRecord, dead_letter_headers, decode_feedback, encode_feedback
+from stream.wire import REASONS, FeedbackRecord, dead_letter_headers, decode_feedback, encode_feedback
 
 SETTINGS = parse(
     """
@@ -22,7 +24,8 @@ record_bytes = 300
 on = "send"
 """
 )
-RECORD = FeedbackRecord("ann", 2000, 1000, "redeemed", True, 0.5)
+RECORD = FeedbackRecord("ann", 2000, 1000, "redeemed", True, 0.5, 3000)
+ANYTHING = st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(max_size=5)
 
 
 def content(**changes: Any) -> dict[str, Any]:
@@ -49,9 +52,50 @@ def test_a_missing_weight_is_one() -> None:
     assert decode(content(weight=...)).weight == 1.0
 
 
-@pytest.mark.parametrize(
-    ("label", "meant"), [(True, True), (False, False), (1, True), (0, False), (1.0, True)]
+def test_feedback_without_a_window_is_written_and_read_without_one() -> None:
+    open_ended = RECORD._replace(window_end_ms=None)
+
+    assert "window_end_ms" not in msgpack.unpackb(encode_feedback(open_ended))
+    assert decode_feedback(b"ann", encode_feedback(open_ended), None, SETTINGS) == open_ended
+    assert decode(content(window_end_ms=...)) == open_ended
+
+
+@pytest.mark.parametrize("end_ms", [1000, 1999, 2000, 10**14])
+def test_a_window_may_end_at_any_time_from_the_prediction_on(end_ms: int) -> None:
+    assert decode(content(window_end_ms=end_ms)).window_end_ms == end_ms
+
+
+@given(
+    st.builds(
+        FeedbackRecord,
+        client_id=st.just("ann"),
+        timestamp_ms=st.integers(5_000, 2**47),
+        as_of_ms=st.integers(0, 5_000),
+        task=st.just("redeemed"),
+        label=st.booleans(),
+        weight=st.floats(0, exclude_min=True, allow_nan=False, allow_infinity=False),
+        window_end_ms=st.none() | st.integers(5_000, 2**47),
+    )
 )
+def test_every_valid_record_is_read_as_it_was_written(record: FeedbackRecord) -> None:
+    assert decode_feedback(b"ann", encode_feedback(record), None, SETTINGS) == record
+
+
+@given(st.binary(max_size=300) | st.dictionaries(st.sampled_from(list(content())), ANYTHING).map(msgpack.packb))
+def test_whatever_the_bytes_a_record_is_read_or_refused_with_a_reason(value: bytes) -> None:
+    record, reason = None, None
+    try:
+        record = decode_feedback(b"ann", value, None, SETTINGS)
+    except RecordError as refused:
+        reason = refused.reason
+    if record is None:
+        assert reason in REASONS
+    else:
+        assert record.as_of_ms <= record.timestamp_ms
+        assert record.window_end_ms is None or record.window_end_ms >= record.as_of_ms
+
+
+@pytest.mark.parametrize(("label", "meant"), [(True, True), (False, False), (1, True), (0, False), (1.0, True)])
 def test_a_binary_label_is_a_boolean_or_its_number(label: Any, meant: bool) -> None:
     assert decode(content(label=label)).label is meant
 
@@ -73,6 +117,11 @@ def test_feedback_may_be_known_at_the_moment_it_answers() -> None:
         ("out_of_range", content(as_of_ms=2001), b"ann"),
         ("out_of_range", content(timestamp_ms=-1), b"ann"),
         ("wrong_type", content(as_of_ms=1.5), b"ann"),
+        ("out_of_range", content(window_end_ms=999), b"ann"),
+        ("out_of_range", content(window_end_ms=2**60), b"ann"),
+        ("wrong_type", content(window_end_ms=None), b"ann"),
+        ("wrong_type", content(window_end_ms=3000.0), b"ann"),
+        ("wrong_type", content(window_end_ms=True), b"ann"),
         ("out_of_range", content(weight=0), b"ann"),
         ("out_of_range", content(weight=-1.0), b"ann"),
         ("not_finite", content(weight=math.inf), b"ann"),

@@ -1,0 +1,207 @@
+"""Time from publishing an event to its client's embedding in a consumer's hands, at a steady rate.
+
+    python -m tests.bench.latency [--seconds N] [--rate 10000] [--broker apache|embedded]
+
+Three stretches on one broker with the same client settings: a bare echo (events are produced and consumed, nothing
+between), a worker between, and a worker while a version of the parameters is published every half second. Delays
+while a checkpoint ran are also told apart. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from confluent_kafka import Message
+from confluent_kafka.admin import AdminClient, NewTopic
+from numpy.typing import NDArray
+
+from stream.kafka import client_config
+from stream.wire import decode_embedding
+from tests.bench.support.site import Site, busy_seconds, cpu_seconds, free_port, machine, open_site, scrape
+from tests.bench.support.stream import Publisher, Watcher
+from tests.bench.support.workload import Workload
+from tests.support.processes import Livestate, http_get, wait_for
+from tests.support.trunk import publish_version
+
+__all__ = ["main"]
+
+_WARM_UP_S = 3.0
+
+
+def _percentiles(delays: NDArray[np.float64], prefix: str = "") -> dict[str, float]:
+    if not len(delays):
+        return {}
+    p50, p99, p999 = np.percentile(delays * 1000.0, [50, 99, 99.9])
+    return {f"{prefix}p50_ms": float(p50), f"{prefix}p99_ms": float(p99), f"{prefix}p999_ms": float(p999)}
+
+
+def _echo(site: Site, workload: Workload, rate: float, seconds: float) -> dict[str, float]:
+    """The same events produced to a topic and consumed from it."""
+    topic = f"{site.topics['events']}-echo"
+    admin = AdminClient(client_config(site.settings))
+    admin.create_topics([NewTopic(topic, site.settings.topics.partitions, 1)])[topic].result(30)
+    wait_for(lambda: topic in admin.list_topics(timeout=10).topics, 30, "the echo topic")
+    publisher = Publisher(site.settings, topic, workload, rate)
+    with Watcher(site.settings, topic, lambda message: message.offset() or 0) as watcher:
+        publisher.run(seconds + 1.0, threading.Event())
+        time.sleep(0.5)
+    when, delays = watcher.delays(publisher.times)
+    return _percentiles(delays[when > when[0] + 1.0], "echo_")
+
+
+class _Checkpoints:
+    """When a checkpoint ran, as the worker's metrics tell: intervals (begin, end), until it is left."""
+
+    def __init__(self, port: int) -> None:
+        self.intervals: list[tuple[float, float]] = []
+        self._port = port
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="checkpoints")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopping.set()
+        self._thread.join(30)
+
+    def _follow(self) -> None:
+        count = seconds = 0.0
+        before = time.perf_counter()
+        while not self._stopping.wait(0.1):
+            metrics, now = scrape(self._port), time.perf_counter()
+            if not metrics:
+                continue
+            done, took = metrics["livestate_checkpoints_total"], metrics["livestate_checkpoint_seconds_sum"]
+            if done > count:
+                self.intervals.append((before - (took - seconds), now))
+            count, seconds, before = done, took, now
+
+
+@contextmanager
+def _swapping(site: Site, stopping: threading.Event, delay_s: float, versions: list[int]) -> Iterator[None]:
+    """After `delay_s`, publish a version each half second until the end; what was published is in `versions`."""
+
+    def publish() -> None:
+        version = 1
+        stopping.wait(delay_s)
+        while not stopping.wait(0.5):
+            version += 1
+            publish_version(site.settings, site.parameters, version, version - 1)
+            versions.append(version)
+
+    thread = threading.Thread(target=publish, name="swaps")
+    thread.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        thread.join(60)
+
+
+def _offset(message: Message) -> int:
+    return decode_embedding(message.value()).offset
+
+
+def _used(site: Site, worker: Livestate) -> dict[str, float]:
+    """Processor time used so far, by whom."""
+    broker = cpu_seconds(site.broker.pid) if site.broker.pid is not None else 0.0
+    return {
+        "all": busy_seconds(), "worker": cpu_seconds(worker.process.pid), "broker": broker,
+        "bench": time.process_time(),
+    }  # fmt: skip
+
+
+def _live(site: Site, workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
+    site.publish_parameters()
+    port = free_port()
+    swaps_s = max(2.0, options.seconds / 3.0)
+    with site.worker("0", port) as worker:
+        wait_for(lambda: http_get(port, "/readyz")[0] == 200, 120, "the worker is ready")
+        publisher = Publisher(site.settings, site.settings.topics.events, workload, options.rate)
+        stopping = threading.Event()
+        versions: list[int] = []
+        quiet_s = _WARM_UP_S + options.seconds
+        with (
+            Watcher(site.settings, site.settings.topics.embeddings, _offset) as watcher,
+            _Checkpoints(port) as checkpoints,
+            _swapping(site, stopping, quiet_s, versions),
+        ):
+            began, used = time.perf_counter(), _used(site, worker)
+            publisher.run(quiet_s + swaps_s, stopping)
+            wall = time.perf_counter() - began
+            cores = {name: (now - used[name]) / wall for name, now in _used(site, worker).items()}
+            time.sleep(1.0)
+        if worker.process.poll() is not None:
+            raise RuntimeError("the worker ended")
+        wait_for(lambda: "livestate_parameter_version" in scrape(port), 60, "the worker answers")
+        metrics = scrape(port)
+    when, delays = watcher.delays(publisher.times)
+    started = when[0]
+    swapping = when > started + quiet_s
+    steady = (when > started + _WARM_UP_S) & ~swapping
+    during = np.zeros(len(when), np.bool_)
+    for begin, end in checkpoints.intervals:
+        during |= (when + delays >= begin) & (when <= end)
+    return {
+        **_percentiles(delays[steady]),
+        **_percentiles(delays[steady & during], "checkpoint_"),
+        **_percentiles(delays[steady & ~during], "between_checkpoints_"),
+        **_percentiles(delays[swapping], "swaps_"),
+        "embeddings_seen": int(steady.sum()),
+        "checkpoints": len(checkpoints.intervals),
+        "versions_published": len(versions),
+        "version_served": int(metrics["livestate_parameter_version"]),
+        "batch_events": metrics["livestate_batch_events_sum"] / metrics["livestate_batch_events_count"],
+        # All programs on the machine together: near the number of cores, delays are those of waiting for one.
+        "cores_used": {name: round(used, 3) for name, used in cores.items()},
+        "publisher_late_ms": publisher.late_s * 1000.0,
+    }
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Run the bench; prints and returns the result."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.latency")
+    parser.add_argument("--seconds", type=float, default=25.0, help="of the stretch with a worker")
+    parser.add_argument("--rate", type=float, default=10_000.0, help="events a second")
+    parser.add_argument("--broker", choices=["auto", "apache", "embedded"], default="auto")
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--clients", type=int, default=100_000)
+    parser.add_argument("--checkpoint-interval", type=float, help="default 10 s; in short runs a third of --seconds")
+    options = parser.parse_args(arguments)
+    interval = options.checkpoint_interval or min(10.0, options.seconds / 3.0)
+    workload = Workload(options.clients)
+    overrides = {"LIVESTATE_WORKER__CHECKPOINT_INTERVAL_S": str(interval)}
+    with open_site(options.broker, options.hidden, 0, overrides) as site:
+        print(f"a bare echo on {site.broker.name} …", file=sys.stderr, flush=True)
+        echo = _echo(site, workload, options.rate, max(1.0, options.seconds / 3.0))
+        print("a worker …", file=sys.stderr, flush=True)
+        live = _live(site, workload, options)
+        broker = site.broker.name
+    result = {
+        **live,
+        **echo,
+        "ratio_p99": live["p99_ms"] / echo["echo_p99_ms"],
+        "settings": {
+            "broker": broker, "rate": options.rate, "seconds": options.seconds, "hidden": options.hidden,
+            "clients": options.clients, "checkpoint_interval_s": interval, "machine": machine(),
+        },
+    }  # fmt: skip
+    print(json.dumps({n: float(f"{v:.4g}") if isinstance(v, float) else v for n, v in result.items()}), flush=True)
+    return result
+
+
+if __name__ == "__main__":
+    main()

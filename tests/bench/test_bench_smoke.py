@@ -1,0 +1,77 @@
+"""The benches run and tell what they promise; no figure is judged here."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from stream.model.engine import Engine
+from stream.model.layout import Layout
+from stream.settings import parse
+from stream.wire import EventDecoder, RecordBlock, Schema, decode_embedding
+from tests.bench import throughput
+from tests.bench.support.stock import Step
+from tests.bench.support.workload import EPOCH_MS, Workload, random_parameters, settings_text
+from tests.support.truth import PlainRows
+
+
+def _block(workload: Workload, events: int) -> tuple[RecordBlock, list[bytes], list[bytes]]:
+    keys, values, _ = next(workload.chunks(events, 4))
+    return RecordBlock.from_lists(keys, values, np.arange(events), np.full(events, EPOCH_MS + 10**6)), keys, values
+
+
+@pytest.mark.parametrize("zipf", [False, True])
+def test_the_workloads_records_are_105_bytes_and_accepted_by_the_decoder(zipf: bool) -> None:
+    # Given records of the workload
+    settings = parse(settings_text(128))
+    workload = Workload(zipf=zipf)
+    block, keys, values = _block(workload, 5_000)
+    # When they are decoded
+    columns = EventDecoder(Schema.compile(settings), settings.limits, "msgpack").decode(block)
+    # Then all are events of six fields, and Zipf's law gives a fifth of them to one client
+    assert columns.accepted.all()
+    assert {len(value) for value in values} == {105} == {workload.record_bytes}
+    assert np.isfinite(columns.numbers).all()
+    assert (columns.category_length > 0).all()
+    most = max(keys.count(key) for key in set(keys[:50]))
+    assert most > 700 if zipf else most < 20
+
+
+def test_the_stock_agent_does_the_same_work_as_the_engine() -> None:
+    # Given events of few clients
+    settings = parse(settings_text(), {"LIVESTATE_MODEL__HIDDEN": "16"})
+    layout = Layout.compile(settings, Schema.compile(settings))
+    parameters = random_parameters(layout)
+    block, keys, values = _block(Workload(clients=100_000, zipf=True), 300)
+    # When the engine takes them as a batch and the stock step one at a time
+    columns = EventDecoder(layout.schema, settings.limits, "msgpack").decode(block)
+    slot_of = {key: slot for slot, key in enumerate(dict.fromkeys(keys))}
+    rows = PlainRows(len(slot_of), layout.width)
+    Engine(layout, parameters).advance(columns, np.array([slot_of[key] for key in keys]), rows)
+    step, states, embeddings = Step(layout, parameters), {}, {}
+    for offset, (key, value) in enumerate(zip(keys, values, strict=True)):
+        states[key], embeddings[key] = step(key, value, offset, states.get(key))
+    # Then both have the same states, up to rounding
+    for key, slot in slot_of.items():
+        embedding = decode_embedding(embeddings[key])
+        np.testing.assert_allclose(embedding.vector, rows.vectors[slot], atol=1e-5)
+        assert embedding.events_seen == rows.events_seen[slot]
+        assert embedding.offset == rows.applied_offset[slot]
+        assert embedding.timestamp_ms == rows.last_event_ms[slot]
+
+
+@pytest.mark.timeout(240)
+def test_throughput_measures_worker_stock_agent_and_parts_in_one_run(capsys: pytest.CaptureFixture[str]) -> None:
+    # Given tiny sizes on the embedded broker
+    arguments = ["--broker", "embedded", "--seconds", "1", "--checkpoint-interval", "0.5", "--events", "600000"]
+    # When the bench runs
+    throughput.main([*arguments, "--clients", "2000", "--stock-seconds", "1"])
+    # Then its last line is JSON with every figure it promises
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for name in ("events_per_s", "stock_events_per_s", "ratio_to_stock", "limit_events_per_s", "share_of_limit"):
+        assert result[name] > 0, name
+    assert set(result["parts"]) == {"consume", "decode", "gru", "embeddings", "changelog"}
+    assert all(speed > 0 for speed in result["parts"].values())
+    assert result["worker"]["checkpoint_rounds"] >= 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import msgpack
@@ -78,6 +78,8 @@ class ChangelogWriter:
                 transactional_id=f"{settings.kafka.group}-{self._topic}-{partition}",
                 transaction_timeout_ms=60_000,
                 linger_ms=0,
+                # Below a broker's max.message.bytes, by default 1,048,588, which bounds a whole batch.
+                batch_size=960_000,
             )
         )
         self._in_transaction = False
@@ -101,11 +103,16 @@ class ChangelogWriter:
 
     def write(self, keys: Sequence[bytes], rows: Sequence[bytes | None]) -> None:
         """Add rows, None for a tombstone; waits where the producer's queue is full."""
+        self._write(keys, rows, None)
+
+    def _write(
+        self, keys: Sequence[bytes], rows: Sequence[bytes | None], on_delivery: Callable[..., None] | None
+    ) -> None:
         produce, topic, partition = self._producer.produce, self._topic, self._partition
         for key, row in zip(keys, rows, strict=True):
             while True:
                 try:
-                    produce(topic, value=row, key=key, partition=partition, on_delivery=self._delivered)
+                    produce(topic, row, key, partition, on_delivery)
                     break
                 except BufferError:
                     self._producer.poll(0.05)
@@ -121,7 +128,8 @@ class ChangelogWriter:
         BrokerError: the broker refused, and nothing of this checkpoint is in the changelog; or it did not answer
             in time, and nobody knows (`is_broken`): whoever opens the partition next finds out.
         """
-        self.write([META_KEY], [meta.encode()])
+        # Only the last record's offset is of interest; a row that is refused makes the commit fail.
+        self._write([META_KEY], [meta.encode()], self._delivered)
         deadline = time.monotonic() + timeout_s
         while True:
             try:

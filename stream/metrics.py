@@ -52,7 +52,12 @@ class WorkerMetrics:
             registry=r, buckets=_SECONDS,
         )  # fmt: skip
         self.lag = Gauge("livestate_lag_events", "Records not applied yet.", ["partition"], registry=r)
-        self.rows = Gauge("livestate_rows_in_memory", "Rows in memory.", ["partition"], registry=r)
+        self.rows = Gauge(
+            "livestate_rows",
+            "Live rows: in memory, and all (most of which lie on disk).",
+            ["partition", "tier"],
+            registry=r,
+        )
         self.expired = Counter("livestate_rows_ended", "Rows ended by age or by store.max_rows.", registry=r)
         self.partitions = Gauge("livestate_partitions_assigned", "Partitions this worker serves.", registry=r)
         self.checkpoints = Counter("livestate_checkpoints", "Checkpoints completed.", registry=r)
@@ -102,6 +107,9 @@ class TrainerMetrics:
             "livestate_pending_examples", "Predictions whose feedback has not come.", registry=r
         )
         self.pending_feedback = Gauge("livestate_pending_feedback", "Feedback whose event has not come.", registry=r)
+        self.held_labels = Gauge(
+            "livestate_held_labels", "Labels that are known and wait until their window has closed.", registry=r
+        )
         self.learned = Counter("livestate_examples_learned", "Examples learned from.", ["task"], registry=r)
         self.dropped = Counter(
             "livestate_examples_dropped",

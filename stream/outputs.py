@@ -19,6 +19,9 @@ from stream.wire import RecordBlock, Rejected, dead_letter_headers
 
 __all__ = ["Outputs"]
 
+#: Few requests for a micro-batch; a broker refuses batches above its max.message.bytes, by default 1,048,588.
+_BATCH_BYTES = 960_000
+
 
 class Outputs:
     """One producer for a worker's embeddings and dead letters.
@@ -32,7 +35,10 @@ class Outputs:
         self.failure: BrokerError | None = None
         self._producer = Producer(
             # A call back for each delivered embedding would cost more than producing it.
-            {**producer_config(settings, delivery_report_only_error=True), "on_delivery": self._refused}
+            {
+                **producer_config(settings, delivery_report_only_error=True, batch_size=_BATCH_BYTES),
+                "on_delivery": self._refused,
+            }
         )
 
     def embeddings(self, partition: int, keys: Sequence[bytes], values: Sequence[bytes | None]) -> None:
@@ -41,7 +47,8 @@ class Outputs:
         for key, value in zip(keys, values, strict=True):
             while True:
                 try:
-                    produce(topic, value=value, key=key, partition=partition)
+                    # By position: naming the arguments doubles the cost of the call.
+                    produce(topic, value, key, partition)
                     break
                 except BufferError:
                     self._wait()

@@ -57,9 +57,11 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 class Kafka(_Section, frozen=True):
     """How to reach the broker."""
 
+    #: Brokers to ask first: `host:port`, several joined by commas.
     bootstrap_servers: str = "127.0.0.1:9092"
     #: One consumer group for the workers and one for the trainer are named after it.
     group: TopicName = "livestate"
+    #: A worker that is silent for so long loses its partitions.
     session_timeout_s: Annotated[float, Meta(ge=1, le=300)] = 15.0
     #: Codec of what workers and trainer write.
     compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = "lz4"
@@ -68,13 +70,21 @@ class Kafka(_Section, frozen=True):
 class Topics(_Section, frozen=True):
     """Names and shape of the topics. The first four share the number of partitions and the partitioner."""
 
+    #: Written by publishers.
     events: TopicName = "events"
+    #: Written by publishers.
     feedback: TopicName = "feedback"
+    #: Written by workers, compacted.
     embeddings: TopicName = "embeddings"
+    #: Written by workers, compacted; what a lost worker is restored from.
     changelog: TopicName = "changelog"
+    #: Written by the trainer, compacted; one partition.
     parameters: TopicName = "parameters"
+    #: What was refused, and why; one partition.
     dead_letters: TopicName = "dead-letters"
+    #: Of events, feedback, embeddings and changelog. Cannot be changed later.
     partitions: Annotated[int, Meta(ge=1, le=10_000)] = 4
+    #: Copies of each topic, where Livestate creates it.
     replication: Count = 1
     #: How a record without a `content-type` header is read.
     format: Literal["msgpack", "json"] = "msgpack"
@@ -85,7 +95,9 @@ class Topics(_Section, frozen=True):
 class Limits(_Section, frozen=True):
     """Bounds on what publishers may send."""
 
+    #: Largest event or feedback record.
     record_bytes: Annotated[int, Meta(ge=64, le=64 * 1024 * 1024)] = 1_048_576
+    #: Longest client id, in UTF-8.
     client_id_bytes: Annotated[int, Meta(ge=1, le=1024)] = 256
     #: An event may lie this far after its record's own Kafka timestamp. Measured against the record and not the
     #: clock on the wall, so that a replay accepts exactly what the first pass accepted.
@@ -99,10 +111,15 @@ class Field(_Section, frozen=True):
     `text`: validated and kept out of the model.
     """
 
+    #: What the field holds.
     type: Literal["category", "number", "text"]
+    #: Whether an event without it is refused.
     required: bool = True
+    #: category, text: longest value, in UTF-8.
     max_bytes: Annotated[int, Meta(ge=1, le=65_536)] = 64
+    #: number: smallest value.
     min: float | None = None
+    #: number: largest value.
     max: float | None = None
     #: category: width of its learned embedding in the encoder; 0 leaves it out.
     embedding: Annotated[int, Meta(ge=0, le=256)] = 0
@@ -123,9 +140,13 @@ class Modality(_Section, frozen=True):
 class Where(_Section, frozen=True):
     """A condition on one field of the event: exactly one of `above`, `below`, `equals`."""
 
+    #: A number field for `above` and `below`, a category field for `equals`.
     field: Name
+    #: The number is larger.
     above: float | None = None
+    #: The number is smaller.
     below: float | None = None
+    #: The category is this value.
     equals: str | None = None
 
 
@@ -138,21 +159,32 @@ class Memory(_Section, frozen=True):
     slot for every declared value of a category field and one for all others.
     """
 
+    #: Names its features.
     name: Name
+    #: The kind of event that updates it.
     modality: Name
+    #: What is kept; see above.
     kind: Literal["count", "sum", "visits", "last_time", "sketch"]
+    #: sum: the number added; sketch: the category.
     field: Name | None = None
+    #: count, sum, last_time: one slot for each declared value of this category field, and one for all others.
     by: Name | None = None
+    #: It decays to a half in this event time; without it, it does not decay.
     half_life_s: Seconds | None = None
+    #: Only events for which this holds.
     where: Where | None = None
+    #: visits: events that come no later than this after the one before belong to the same visit.
     gap_s: Annotated[float, Meta(ge=0)] = 0.0
+    #: sketch: its width.
     dimensions: Annotated[int, Meta(ge=1, le=64)] = 32
 
 
 class Model(_Section, frozen=True):
     """The trunk: encoder and recurrent cell."""
 
+    #: Width of the recurrent state.
     hidden: Annotated[int, Meta(ge=8, le=2048)] = 64
+    #: Of every random choice in training.
     seed: Natural = 0
     #: What the embeddings topic and HTTP serve: the hidden state, or the hidden state and the memory's readout.
     vector: Literal["hidden", "features"] = "hidden"
@@ -161,8 +193,11 @@ class Model(_Section, frozen=True):
 class Task(_Section, frozen=True):
     """One thing to predict. A prediction is made at every event of modality `on`."""
 
+    #: The modality whose events ask for a prediction.
     on: Name
+    #: What a label is.
     kind: Literal["binary"] = "binary"
+    #: What predicts: a Bayesian logistic regression, one exact update for each label.
     head: Literal["logistic"] = "logistic"
     #: When a label is learned: once its feedback's window has closed, since positives known early are a biased
     #: sample, or as it comes. Feedback without a window is learned at once.
@@ -184,42 +219,62 @@ class Task(_Section, frozen=True):
 class Store(_Section, frozen=True):
     """The embedding store of each partition."""
 
+    #: Rows of all partitions kept in memory; the others are read back from disk.
     memory_rows: Annotated[int, Meta(ge=64)] = 1_000_000
+    #: A client without events for so long, in event time, is forgotten; without it never.
     ttl_s: Seconds | None = None
+    #: Most rows of a partition; the least recently updated go first.
     max_rows: Annotated[int, Meta(ge=64)] | None = None
+    #: Expiry leaves at least so many rows of a partition.
     min_rows: Natural = 0
 
 
 class Worker(_Section, frozen=True):
     """The serving worker."""
 
+    #: Where the partitions' databases lie; each worker has its own.
     data_dir: str = "data/worker"
+    #: Time between checkpoints; a restart replays at most so much.
     checkpoint_interval_s: Seconds = 10.0
+    #: Most records of a partition processed at once.
     batch_records: Annotated[int, Meta(ge=1, le=65_536)] = 4096
+    #: Address that HTTP listens on.
     http_host: str = "127.0.0.1"
+    #: Its port; 0 takes any free one.
     http_port: Port = 6066
+    #: How long to wait for confirmations, and for the group, when it is told to stop.
     stop_timeout_s: Seconds = 30.0
 
 
 class Trainer(_Section, frozen=True):
     """The online trainer."""
 
+    #: Where its database lies.
     data_dir: str = "data/trainer"
+    #: Time between checkpoints.
     checkpoint_interval_s: Seconds = 10.0
+    #: Time between parameter versions, where something was learned.
     publish_interval_s: Seconds = 0.5
+    #: Address that HTTP listens on.
     http_host: str = "127.0.0.1"
+    #: Its port; 0 takes any free one.
     http_port: Port = 6067
 
 
 class Pretrain(_Section, frozen=True):
     """How the trunk is pretrained: next event, from the events before it."""
 
+    #: Passes over the sequences.
     epochs: Count = 1
+    #: Of AdamW.
     learning_rate: Annotated[float, Meta(gt=0, le=1)] = 0.002
+    #: Sequences in a step.
     batch_clients: Count = 128
+    #: Events in a sequence.
     sequence: Annotated[int, Meta(ge=8, le=4096)] = 64
+    #: Most sequences, drawn at random.
     max_sequences: Count = 6000
-    #: Category fields predicted for the next event, besides the time until it.
+    #: Category fields predicted for the next event, besides the time until it: `modality.field`.
     targets: list[str] = []
 
 

@@ -12,13 +12,16 @@ acknowledgements count messages, which here are batches.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import faust
-from aiokafka.errors import IllegalStateError
-from faust.transport.drivers.aiokafka import Consumer, Transport
+from aiokafka.errors import ConsumerStoppedError, IllegalStateError
+from faust.transport.consumer import RecordMap
+from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread, Consumer, Transport
 from faust.types import TP, ConsumerMessage
 
 from stream.wire import RecordBlock
@@ -57,6 +60,40 @@ class BlockSchema(faust.Schema):
         return decode
 
 
+class _BlockThread(AIOKafkaConsumerThread):
+    """The consumer's thread, without a Python object for each record beyond the one that aiokafka parses."""
+
+    async def _fetch_records(
+        self,
+        consumer: Any,
+        active_partitions: set[TP] | None,
+        timeout: float | None = None,
+        max_records: int | None = None,
+    ) -> RecordMap:
+        if not self.consumer.flow_active:
+            return {}
+        fetcher = consumer._fetcher
+        if consumer._closed or fetcher._closed:
+            raise ConsumerStoppedError()
+        deadline = time.monotonic() + (timeout or 0.0)
+        with fetcher._subscriptions.fetch_context():
+            while True:
+                for result in fetcher._records.values():
+                    records = getattr(result, "_partition_records", None)
+                    if records is not None:
+                        # Named tuples of eleven fields, made here by default, cost more than parsing the record.
+                        records._consumer_record = _as_parsed
+                found: RecordMap = await fetcher.fetched_records(active_partitions, timeout=0, max_records=max_records)
+                left = deadline - time.monotonic()
+                if found or left <= 0 or fetcher._closed:
+                    return found
+                await asyncio.wait([fetcher._create_fetch_waiter()], timeout=left)
+
+
+def _as_parsed(tp: Any, record: Any) -> Any:
+    return record
+
+
 class BlockConsumer(Consumer):
     """Faust's aiokafka consumer, a partition batch at a time.
 
@@ -69,6 +106,9 @@ class BlockConsumer(Consumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._next: dict[TP, int] = {}
+
+    def _new_consumer_thread(self) -> AIOKafkaConsumerThread:
+        return _BlockThread(self, loop=self.loop, beacon=self.beacon)
 
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, Any]]:
         """Yield one message for each partition that has records."""

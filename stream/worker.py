@@ -319,7 +319,9 @@ class Worker:
             metrics.lag.labels(str(block.partition)).set(max(0, end - block.end))
         owned = self._owned.get(block.partition)
         if owned is not None:
-            metrics.rows.labels(str(block.partition)).set(len(owned.partition.store))
+            stats = owned.partition.store.stats
+            metrics.rows.labels(str(block.partition), "memory").set(stats.memory_rows)
+            metrics.rows.labels(str(block.partition), "all").set(stats.rows)
 
     # ---------------------------------------------------------------- checkpoints
 

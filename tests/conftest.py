@@ -9,8 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from stream.broker import ApacheBroker, Broker, EmbeddedBroker
+
+# As worker and trainer do: on few cores, threads of matrix products wait for each other.
+torch.set_num_threads(1)
 
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "kafka"
 

@@ -84,10 +84,9 @@ class Cell:
         rows, width = state.shape[0], self.hidden
         if self._scratch.shape[0] < rows:
             self._scratch = torch.empty((2 * rows, 3 * width))
-        gates = torch.addmm(self._bias, state, self._weight, out=self._scratch[:rows])
-        candidate = gates[:, 2 * width :].clone()
-        gates = gates[:, : 2 * width].add(gates_in[:, : 2 * width]).sigmoid_()
-        candidate.mul_(gates[:, :width]).add_(gates_in[:, 2 * width :]).tanh_()
+        hidden = torch.addmm(self._bias, state, self._weight, out=self._scratch[:rows])
+        gates = torch.add(hidden[:, : 2 * width], gates_in[:, : 2 * width]).sigmoid_()
+        candidate = torch.addcmul(gates_in[:, 2 * width :], hidden[:, 2 * width :], gates[:, :width]).tanh_()
         return torch.lerp(candidate, state, gates[:, width:])
 
     def self_check(self, generator: np.random.Generator) -> int:

@@ -75,6 +75,8 @@ class TaskQuestion:
         self._inputs = TaskInputs(layout, settings)
         self._readout = readout
         self.names = (*readout.names, *self._inputs.names)
+        #: (F,) which inputs are hidden state or sketch.
+        self.is_state = np.concatenate([readout.is_state, np.zeros(len(self._inputs.names), np.bool_)])
 
     @property
     def width(self) -> int:
@@ -95,6 +97,7 @@ class Questions:
     def __init__(self, layout: Layout) -> None:
         self.readout = Readout(layout)
         self.tasks = tuple(TaskQuestion(layout, self.readout, name) for name in layout.settings.tasks)
+        self.by_task = {question.task: question for question in self.tasks}
 
     def heads(self, parameters: ParameterSet) -> dict[str, LogisticHead]:
         """The heads that these parameters hold; a task without one has no prediction yet."""

@@ -21,7 +21,8 @@ __all__ = ["Readout", "TaskInputs"]
 class Readout:
     """Features of rows.
 
-    `names` (F,) names each feature, the memory's by the memory's name.
+    `names` (F,) names each feature, the memory's by the memory's name; `is_state` (F,) is true of those that say
+    something only together: hidden state and sketches.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -46,6 +47,10 @@ class Readout:
         self._statistics = np.array(statistics, np.int64)
         self._times = np.array(times, np.int64)
         self.names = tuple(names)
+        self.is_state = np.zeros(len(names), np.bool_)
+        self.is_state[: layout.hidden] = True
+        sketched = layout.hidden + len(statistics)
+        self.is_state[sketched : sketched + sum(where.stop - where.start for where in self._sketches)] = True
 
     @property
     def width(self) -> int:

@@ -56,14 +56,10 @@ class RecordBlock:
             ("value_offsets", self.value_offsets, self.value_bytes),
         ):
             if len(offsets) != n + 1:
-                raise ValueError(
-                    f"{name} has {len(offsets)} entries: expected {n + 1}, one more than offsets"
-                )
+                raise ValueError(f"{name} has {len(offsets)} entries: expected {n + 1}, one more than offsets")
             # The kernels read without bounds checks: wrong offsets would read foreign memory.
             if offsets[0] < 0 or offsets[-1] > len(buffer) or bool((offsets[1:] < offsets[:-1]).any()):
-                raise ValueError(
-                    f"{name} must rise from 0 to at most {len(buffer)}, the length of its buffer"
-                )
+                raise ValueError(f"{name} must rise from 0 to at most {len(buffer)}, the length of its buffer")
         for name in ("key_is_null", "value_is_null", "timestamps_ms", "headers"):
             column: Any = getattr(self, name)
             if column is not None and len(column) != n:

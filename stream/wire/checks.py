@@ -41,9 +41,7 @@ MAX_TIMESTAMP_MS: Final = 253_402_300_799_999
 EXACT_INTEGER: Final = 2**53
 
 
-def keys(
-    content: Mapping[str, Any], required: Collection[str], optional: Collection[str], prefix: str = ""
-) -> None:
+def keys(content: Mapping[str, Any], required: Collection[str], optional: Collection[str], prefix: str = "") -> None:
     """Every key of `content` is known and no required one is missing."""
     for name in content:
         if name not in required and name not in optional:

@@ -9,9 +9,7 @@ from __future__ import annotations
 __all__ = ["dead_letter_headers"]
 
 
-def dead_letter_headers(
-    reason: str, detail: str, topic: str, partition: int, offset: int
-) -> list[tuple[str, bytes]]:
+def dead_letter_headers(reason: str, detail: str, topic: str, partition: int, offset: int) -> list[tuple[str, bytes]]:
     """Headers to add: reason and detail of the refusal; topic, partition and offset of the refused record."""
     return [
         ("livestate-reason", reason.encode("utf-8", "backslashreplace")),

@@ -152,9 +152,7 @@ def _read_fields(
         start, length = read_text(values, position, end)
         if length < 0:
             return -1, extra_used
-        field = _find_name(
-            values, start, length, field_names, field_name_offsets, first, last, followers[previous]
-        )
+        field = _find_name(values, start, length, field_names, field_name_offsets, first, last, followers[previous])
         if field < 0 or seen_in_row[field] == row:
             return -1, extra_used
         seen_in_row[field] = row
@@ -385,6 +383,4 @@ def hash_rows(rows: Any, text: Any, category_start: Any, category_length: Any, c
     for row in rows:
         for column in range(category_start.shape[1]):
             if category_length[row, column] >= 0:
-                category_hash[row, column] = hash_range(
-                    text, category_start[row, column], category_length[row, column]
-                )
+                category_hash[row, column] = hash_range(text, category_start[row, column], category_length[row, column])

@@ -39,10 +39,7 @@ def new_broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Calla
     def make() -> Broker:
         directory = tmp_path / f"broker-{len(made)}"
         broker: Broker
-        if request.param == "embedded":
-            broker = EmbeddedBroker(directory)
-        else:
-            broker = ApacheBroker(require_apache(), directory)
+        broker = EmbeddedBroker(directory) if request.param == "embedded" else ApacheBroker(require_apache(), directory)
         made.append(broker)
         return broker
 
@@ -54,16 +51,10 @@ def new_broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Calla
 
 
 @pytest.fixture(params=["embedded", "apache"], scope="module")
-def shared_broker(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Broker]:
+def shared_broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     """One running broker of each kind for a whole module; tests take topics of their own."""
     directory = tmp_path_factory.mktemp("broker")
-    broker = (
-        EmbeddedBroker(directory)
-        if request.param == "embedded"
-        else ApacheBroker(require_apache(), directory)
-    )
+    broker = EmbeddedBroker(directory) if request.param == "embedded" else ApacheBroker(require_apache(), directory)
     with broker:
         yield broker
 

@@ -40,9 +40,7 @@ def test_a_started_broker_answers_and_a_stopped_one_is_gone(new_broker: Callable
         pid = broker.pid
         assert pid is not None
         assert alive(pid)
-        assert metadata(Kafka(bootstrap_servers=broker.bootstrap_servers), 5.0).brokers == (
-            broker.bootstrap_servers,
-        )
+        assert metadata(Kafka(bootstrap_servers=broker.bootstrap_servers), 5.0).brokers == (broker.bootstrap_servers,)
         assert broker.log_path.is_file()
     assert not alive(pid)
     assert broker.pid is None

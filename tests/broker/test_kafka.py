@@ -145,9 +145,7 @@ def test_a_changelog_that_is_not_compacted_is_refused(settings: Settings, shared
     topic = NewTopic(settings.topics.changelog, 4, replication_factor=1, config={"cleanup.policy": "delete"})
     for made in admin.create_topics([topic]).values():
         made.result(30)
-    with pytest.raises(
-        TopicError, match=r"topics.changelog\) has cleanup.policy = 'delete', expected 'compact'"
-    ):
+    with pytest.raises(TopicError, match=r"topics.changelog\) has cleanup.policy = 'delete', expected 'compact'"):
         ensure_topics(settings, create=True)
 
 
@@ -171,13 +169,9 @@ def test_a_dead_letter_of_ten_megabytes_fits(settings: Settings) -> None:
     assert errors == [None]
 
 
-def test_an_absent_broker_is_a_clear_error(
-    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_absent_broker_is_a_clear_error(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
     # Given an address where nobody listens (port 1 is reserved)
-    settings = msgspec.structs.replace(
-        parse("[modalities.a]\n"), kafka=Kafka(bootstrap_servers="127.0.0.1:1")
-    )
+    settings = msgspec.structs.replace(parse("[modalities.a]\n"), kafka=Kafka(bootstrap_servers="127.0.0.1:1"))
     # When it is waited for, then the error says who, how long and what to check
     with pytest.raises(BrokerError, match=r"within 0.5 s; last: .*refused.*check that"):
         wait_until_reachable(settings, timeout_s=0.5)
@@ -188,9 +182,7 @@ def test_an_absent_broker_is_a_clear_error(
 def test_librdkafkas_messages_reach_pythons_logging(
     caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    settings = msgspec.structs.replace(
-        parse("[modalities.a]\n"), kafka=Kafka(bootstrap_servers="127.0.0.1:1")
-    )
+    settings = msgspec.structs.replace(parse("[modalities.a]\n"), kafka=Kafka(bootstrap_servers="127.0.0.1:1"))
     with caplog.at_level(logging.WARNING, logger="stream.kafka"):
         producer = Producer(producer_config(settings))
         for _ in range(200):

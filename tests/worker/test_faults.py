@@ -23,18 +23,18 @@ def test_five_kills_change_nothing(new_system: Callable[..., System], free_port:
     rng = random.Random(11)
     system = new_system()
     system.publish_parameters()
-    system.publish(3000)
+    system.publish(1500)
     with system.worker(free_port) as worker:
         for _ in range(5):
             # When the worker is killed at a random moment of its work, with or without its disk
             wait_for(lambda: http_get(free_port, "/readyz")[0] == 200, 60, "the worker is ready")
-            system.publish(1000)
-            target = rng.randrange(1, 900)
+            system.publish(600)
+            target = rng.randrange(1, 500)
             wait_for(lambda target=target: _applied(free_port) >= target, 60, f"{target} events are applied")
             worker.kill()
             if disk == "deleted":
                 shutil.rmtree(system.directory / "data-a")
-            system.publish(500)
+            system.publish(200)
             worker.start()
         wait_for(lambda: http_get(free_port, "/readyz")[0] == 200, 60, "the worker is ready")
         wait_for(lambda: _is_done(system, free_port), 60, "all events are applied")

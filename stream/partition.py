@@ -65,6 +65,8 @@ class Partition:
     ) -> None:
         self.number = number
         self.store = store
+        # The first call starts the record of rows that `max_rows` ends.
+        store.take_capped()
         self.position = position
         self._decoder = decoder
         self._encoder = encoder

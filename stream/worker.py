@@ -277,6 +277,12 @@ class Worker:
             finally:
                 one.writer.abort()
                 one.partition.store.close()
+                self._forget(number)
+
+    def _forget(self, number: int) -> None:
+        """No metrics of a partition that another worker serves."""
+        self.metrics.lag.remove_by_labels({"partition": str(number)})
+        self.metrics.rows.remove_by_labels({"partition": str(number)})
 
     # ---------------------------------------------------------------- events
 
@@ -366,6 +372,7 @@ class Worker:
                     logger.warning("%s", error)
                     self._owned.pop(number, None)
                     owned.partition.store.close()
+                    self._forget(number)
                 except BrokerError as error:
                     if owned.writer.is_broken or self._outputs.failure is not None:
                         raise

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import (
     AdminClient,
     ClusterMetadata,
@@ -33,6 +33,7 @@ __all__ = [
     "TopicPlan",
     "client_config",
     "ensure_topics",
+    "log_ends",
     "metadata",
     "murmur2",
     "partition_of",
@@ -48,6 +49,8 @@ logger = logging.getLogger(__name__)
 #: default.
 LARGEST_RECORD_BYTES = 64 * 1024 * 1024
 REQUEST_TIMEOUT_S = 30.0
+#: More records than any batch holds.
+_LARGEST_BATCH = 200_000
 
 #: A compacted topic is read from its start by those who restore: small segments close, and are compacted,
 #: soon. A deleted key is physically gone within a day, its tombstone a day later.
@@ -151,6 +154,39 @@ def wait_until_reachable(settings: Settings, timeout_s: float = 30.0) -> Cluster
                     f"and that security settings match"
                 ) from error
         time.sleep(0.05)
+
+
+def log_ends(settings: Settings, topic: str, partition: int, timeout_s: float = REQUEST_TIMEOUT_S) -> tuple[int, int]:
+    """(first offset, offset after the last record) of a partition.
+
+    The last batch is read: some brokers, the embedded one among them, tell an end that lies inside it. Where
+    records keep coming, the end is one that was true during the call.
+
+    Raises
+    ------
+    BrokerError: the broker does not answer in time.
+    """
+    config = client_config(settings, group_id=f"{settings.kafka.group}-ends", enable_partition_eof=True)
+    consumer = Consumer({**config, "enable.auto.commit": False, "fetch.wait.max.ms": 20})
+    deadline = time.monotonic() + timeout_s
+    try:
+        low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=timeout_s, cached=False)
+        if high <= low:
+            return int(low), int(high)
+        consumer.assign([TopicPartition(topic, partition, max(low, high - 1))])
+        end = int(high)
+        while time.monotonic() < deadline and end < high + _LARGEST_BATCH:
+            for message in consumer.consume(1000, timeout=0.1):
+                error = message.error()
+                if error is None:
+                    end = max(end, (message.offset() or 0) + 1)
+                elif error.code() == KafkaError._PARTITION_EOF:
+                    return int(low), end
+        return int(low), end
+    except KafkaException as error:
+        raise BrokerError(f"the ends of topic {topic!r} cannot be read: {error.args[0].str()}") from error
+    finally:
+        consumer.close()
 
 
 def ensure_topics(settings: Settings, create: bool, timeout_s: float = REQUEST_TIMEOUT_S) -> list[str]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from stream.errors import BrokerError, Fenced, RecordError
-from stream.kafka import client_config, ensure_topics, producer_config, wait_until_reachable
+from stream.kafka import client_config, ensure_topics, log_ends, producer_config, wait_until_reachable
 from stream.metrics import TrainerMetrics
 from stream.model.parameters import ParameterSet
 from stream.settings import Settings
@@ -182,7 +182,7 @@ class TrainerService:
             for topic, kind in self._topics.items()
             for p in range(settings.topics.partitions)
         ]
-        self._find_ends(consumer, assigned)
+        self._find_ends(assigned)
         consumer.assign(assigned)
         published = self._publisher.current
         logger.info(
@@ -226,7 +226,7 @@ class TrainerService:
         self._checkpoint(trainer, _DEAD_LETTERS_S)
         self._observe(consumer, trainer)
 
-    def _find_ends(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
+    def _find_ends(self, assigned: list[TopicPartition]) -> None:
         """Check the positions against the logs, and note what there is to be read again.
 
         Raises
@@ -234,10 +234,7 @@ class TrainerService:
         BrokerError: a log ends before the position: it is not the log that the checkpoint was made from.
         """
         for tp in assigned:
-            try:
-                low, high = consumer.get_watermark_offsets(tp, timeout=30.0)
-            except KafkaException as error:
-                raise BrokerError(f"the ends of the topics cannot be read: {error.args[0].str()}") from error
+            low, high = log_ends(self.settings, tp.topic, tp.partition)
             if high < tp.offset:
                 raise BrokerError(
                     f"topic {tp.topic!r} partition {tp.partition} ends at offset {high}, but the checkpoint in "

@@ -15,6 +15,7 @@ from stream.errors import BrokerError, TopicError
 from stream.kafka import (
     client_config,
     ensure_topics,
+    log_ends,
     metadata,
     murmur2,
     partition_of,
@@ -203,3 +204,15 @@ def test_more_settings_reach_the_client_under_librdkafkas_names() -> None:
     assert producer_config(settings, compression_type="none")["compression.type"] == "none"
     assert producer_config(settings)["partitioner"] == "murmur2_random"
     assert producer_config(settings)["enable.idempotence"] is True
+
+
+def test_the_end_of_a_log_is_after_its_last_record(settings: Settings) -> None:
+    # Given a partition with one batch of records, and one without any
+    ensure_topics(settings, create=True)
+    producer = Producer(producer_config(settings, linger_ms=100))
+    for i in range(40):
+        producer.produce(settings.topics.events, key=b"k", value=str(i).encode(), partition=1)
+    assert producer.flush(30) == 0
+    # When their ends are asked for, then they are exact
+    assert log_ends(settings, settings.topics.events, 1) == (0, 40)
+    assert log_ends(settings, settings.topics.events, 0) == (0, 0)

@@ -26,7 +26,8 @@ types: $(READY)
 	$(BIN)/mypy
 
 unit: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/store
+	$(BIN)/python -m pytest --ignore=tests/store
 
 clean:
 	rm -rf $(VENV) data run build *.egg-info

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -246,5 +247,9 @@ def contents(store: EmbeddingStore) -> dict[bytes, tuple[bytes, int, int]]:
 
 TestStore = StoreMachine.TestCase
 TestStore.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    # `LIVESTATE_EXAMPLES=400` searches for longer.
+    max_examples=int(os.environ.get("LIVESTATE_EXAMPLES", "25")),
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
 )

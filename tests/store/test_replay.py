@@ -5,6 +5,7 @@ A plain dict computed from the log alone says what every row must be, bit for bi
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -288,7 +289,11 @@ class ReplayMachine(RuleBasedStateMachine):
 
 TestReplay = ReplayMachine.TestCase
 TestReplay.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    # `LIVESTATE_EXAMPLES=400` searches for longer.
+    max_examples=int(os.environ.get("LIVESTATE_EXAMPLES", "12")),
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
 )
 
 

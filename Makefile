@@ -26,8 +26,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 unit: $(READY)
-	$(BIN)/python -m pytest tests/store
-	$(BIN)/python -m pytest --ignore=tests/store
+	$(BIN)/python -m pytest
 
 clean:
 	rm -rf $(VENV) data run build *.egg-info

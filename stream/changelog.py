@@ -9,7 +9,6 @@ the empty key, says how far the input was applied.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -184,9 +183,7 @@ class ChangelogBatch:
     next_offset: int
 
 
-def read_changelog(
-    settings: Settings, partition: int, start: int, stopping: threading.Event | None = None
-) -> Iterator[ChangelogBatch]:
+def read_changelog(settings: Settings, partition: int, start: int) -> Iterator[ChangelogBatch]:
     """Read committed records from `start` to the end there is now, in batches of some thousands.
 
     Raises
@@ -212,7 +209,7 @@ def read_changelog(
         if high <= max(low, start):
             return
         consumer.assign([TopicPartition(topic, partition, max(low, start))])
-        while stopping is None or not stopping.is_set():
+        while True:
             keys: list[bytes] = []
             rows: list[bytes | None] = []
             meta: PartitionMeta | None = None

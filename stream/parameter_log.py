@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgpack
@@ -212,8 +212,3 @@ class ParameterReader(threading.Thread):
             self.staged = (complete, marker)
             if self._on_version is not None:
                 self._on_version(complete, marker)
-
-
-def changed_tensors(old: ParameterSet | None, new: ParameterSet) -> Sequence[str]:
-    """Names whose tensor is not the same object in both sets, in the order of the new set."""
-    return [name for name in new if old is None or name not in old or old[name] is not new[name]]

@@ -36,10 +36,11 @@ from stream.parameter_log import Marker, ParameterReader
 from stream.partition import Applied, Partition, Served
 from stream.partitioner import partition_of
 from stream.query import ClientView, Health, QueryServer
-from stream.restore import restore_partition
+from stream.restore import restore_partition, store_options
 from stream.settings import Settings
 from stream.store import PackedKeys
 from stream.transport import BlockConsumer, BlockSchema, BlockTransport, FetchedBlock
+from stream.warmup import warm_up
 from stream.wire import EmbeddingEncoder, EventDecoder, Schema
 
 __all__ = ["Worker", "run_worker"]
@@ -93,6 +94,7 @@ class Worker:
         self._parameters = ParameterReader(settings)
         self._outputs = Outputs(settings)
         self._torn_seen = 0
+        self._warm = False
         self.app = self._make_app()
         self._query = QueryServer(
             settings.worker.http_host,
@@ -192,7 +194,22 @@ class Worker:
             self._swap_parameters()
             if self._served is None:
                 await asyncio.sleep(0.05)
+        if not self._warm:
+            loop = asyncio.get_running_loop()
+            seconds = await loop.run_in_executor(self._executor, self._warm_up, self._served)
+            self._warm = True
+            logger.info("kernels ready in %.1f s", seconds)
         return self._served
+
+    def _warm_up(self, served: Served) -> float:
+        return warm_up(
+            self.schema,
+            self._decoder,
+            self._encoder,
+            served,
+            store_options(self.settings, self.layout.width),
+            Path(self.settings.worker.data_dir),
+        )
 
     async def _follow_parameters(self) -> None:
         """Swap also while no events come, so that the version served is never older than it need be."""

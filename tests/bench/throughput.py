@@ -51,10 +51,18 @@ class _Sample:
 def _sample(site: Site, ports: list[int], pids: list[int], cores: list[int] | None) -> _Sample:
     total: dict[str, float] = {}
     for port in ports:
-        for name, value in scrape(port).items():
+        for name, value in _scraped(port).items():
             total[name] = total.get(name, 0.0) + value
     broker = cpu_seconds(site.broker.pid) if site.broker.pid is not None else 0.0
     return _Sample(time.perf_counter(), sum(map(cpu_seconds, pids)), broker, busy_seconds(cores), total)
+
+
+def _scraped(port: int) -> dict[str, float]:
+    # On a busy machine a worker may take longer to answer than one scrape waits.
+    for _ in range(12):
+        if found := scrape(port):
+            return found
+    raise RuntimeError(f"the worker on port {port} does not answer")
 
 
 def measure(site: Site, events: int, workers: int, seconds: float, cores: list[int] | None) -> dict[str, Any]:

@@ -1,0 +1,77 @@
+"""A worker compiles its kernels before it takes events, not while it holds them up."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.support.processes import ROOT
+
+_PROGRAM = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from numba.core.registry import CPUDispatcher
+from stream.model.engine import Engine
+from stream.model.heads import Questions
+from stream.model.layout import Layout
+from stream.partition import Partition, Served
+from stream.store import EmbeddingStore, StoreOptions
+from stream.transport import FetchedBlock
+from stream.warmup import warm_up
+from stream.wire import EmbeddingEncoder, EventDecoder, RecordBlock, Schema, encode_event
+from tests.support.settings import small_settings
+from tests.support.trunk import random_head, random_trunk
+
+def compiled():
+    found = {}
+    for module in [m for name, m in sys.modules.items() if name.startswith("stream.")]:
+        for value in vars(module).values():
+            if isinstance(value, CPUDispatcher):
+                found[f"{value.py_func.__module__}.{value.py_func.__name__}"] = len(value.signatures)
+    return found
+
+settings = small_settings()
+schema = Schema.compile(settings)
+layout = Layout.compile(settings, schema)
+questions = Questions(layout)
+parameters = random_trunk(layout).updated(random_head("accepted", questions.tasks[0].width), 7)
+served = Served(Engine(layout, parameters), questions, questions.heads(parameters), 7)
+decoder = EventDecoder(schema, settings.limits, "msgpack")
+encoder = EmbeddingEncoder(layout.hidden, ["accepted"])
+options = StoreOptions(width=layout.width, memory_rows=1000)
+directory = Path(sys.argv[1])
+warm_up(schema, decoder, encoder, served, options, directory)
+left = [str(path) for path in directory.iterdir()]
+before = compiled()
+with EmbeddingStore.open(directory / "store", options) as store:
+    partition = Partition(0, store, 0, decoder, encoder)
+    keys = [str(i % 20).encode() for i in range(100)]
+    fields = ({"amount": 3.0, "merchant": "fuel"}, {"product": "loan"})
+    values = [
+        encode_event(key.decode(), 10**12 + i, ("pay", "offer")[i % 2], fields[i % 2]) for i, key in enumerate(keys)
+    ]
+    block = RecordBlock.from_lists(keys, values, np.arange(100), np.full(100, 10**13))
+    applied = partition.apply(FetchedBlock(0, 0, block), served)
+    store.flush()
+print(json.dumps({"left": left, "before": before, "after": compiled(), "events": applied.events}))
+"""
+
+
+def test_what_a_block_needs_is_compiled_beforehand(tmp_path: Path) -> None:
+    # Given a fresh process, whose kernels are not loaded
+    program = [sys.executable, "-c", _PROGRAM, str(tmp_path)]
+    # When it warms up and then applies a block and writes a checkpoint
+    run = subprocess.run(
+        program, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stderr
+    seen = json.loads(run.stdout.splitlines()[-1])
+    # Then warming up left nothing behind, and the block compiled and loaded nothing more
+    assert seen["left"] == []
+    assert seen["events"] == 100
+    assert sum(seen["before"].values()) > 10
+    assert {name: n for name, n in seen["after"].items() if n != seen["before"][name]} == {}

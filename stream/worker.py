@@ -26,6 +26,7 @@ from stream.changelog import ChangelogWriter
 from stream.checkpoint import run_checkpoint
 from stream.errors import BrokerError, Fenced, LivestateError, ParametersError, StoreError
 from stream.kafka import ensure_topics, wait_until_reachable
+from stream.membership import Membership, leave_for_good
 from stream.metrics import WorkerMetrics
 from stream.model.engine import Engine
 from stream.model.heads import Questions
@@ -73,11 +74,13 @@ class Worker:
     Parameters
     ----------
     settings: as read.
+    member: its lasting name in the group; without one, the group learns of a dead worker by its session's end.
     metrics: where to count; a registry of its own by default.
     """
 
-    def __init__(self, settings: Settings, metrics: WorkerMetrics | None = None) -> None:
+    def __init__(self, settings: Settings, member: str | None = None, metrics: WorkerMetrics | None = None) -> None:
         self.settings = settings
+        self._member = member
         self.metrics = metrics or WorkerMetrics()
         self.schema = Schema.compile(settings)
         self.layout = Layout.compile(settings, self.schema)
@@ -119,6 +122,7 @@ class Worker:
             broker_commit_livelock_soft_timeout=24 * 3600.0,
             stream_processing_timeout=24 * 3600.0,
             consumer_auto_offset_reset="earliest",
+            consumer_group_instance_id=self._member,
             consumer_max_fetch_size=max(1_048_576, 2 * settings.limits.record_bytes),
             stream_buffer_maxsize=4,
             stream_wait_empty=False,
@@ -505,6 +509,7 @@ class Worker:
         self.app.flow_control.clear()
 
     async def _leave(self) -> None:
+        leave_for_good(self._consumer._thread._consumer)
         try:
             await asyncio.wait_for(self.app.stop(), timeout=self.settings.worker.stop_timeout_s)
         except TimeoutError:
@@ -526,4 +531,6 @@ def run_worker(settings: Settings, broker_timeout_s: float = 30.0) -> None:
         raise StoreError(f"worker.data_dir = {str(data_dir)!r} cannot be made: {error.strerror}") from error
     wait_until_reachable(settings, broker_timeout_s)
     ensure_topics(settings, create=False)
-    asyncio.run(Worker(settings).run())
+    with Membership(data_dir) as membership:
+        member = membership.name if settings.kafka.static_membership else None
+        asyncio.run(Worker(settings, member).run())

@@ -60,7 +60,7 @@ def _system(broker: Broker, directory: Path, more: dict[str, str]) -> Iterator[N
     """A worker of the shop example, with the topics' own names."""
     port = free_ports([0])[0]
     environment = {
-        "LIVESTATE_KAFKA__BOOTSTRAP_SERVERS": broker.bootstrap_servers,
+        **broker.environment,
         "LIVESTATE_KAFKA__SESSION_TIMEOUT_S": "2",
         "LIVESTATE_WORKER__DATA_DIR": str(directory / "data"),
         "LIVESTATE_WORKER__HTTP_PORT": str(port),

@@ -32,7 +32,7 @@ class System:
         self.environment = {f"LIVESTATE_TOPICS__{n.upper()}": f"{prefix}-{n}" for n in names}
         self.environment |= {
             "LIVESTATE_TOPICS__PARTITIONS": "2",
-            "LIVESTATE_KAFKA__BOOTSTRAP_SERVERS": broker.bootstrap_servers,
+            **broker.environment,
             "LIVESTATE_KAFKA__GROUP": prefix,
             "LIVESTATE_KAFKA__SESSION_TIMEOUT_S": "2",
             "LIVESTATE_WORKER__CHECKPOINT_INTERVAL_S": "0.3",

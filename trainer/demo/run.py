@@ -125,10 +125,8 @@ def _run(options: Options, began: float, interrupts: Interrupts, started: contex
     with interrupts.held():
         broker = started.enter_context(EmbeddedBroker(directory / "broker", broker_port))
     environment = {
-        "LIVESTATE_KAFKA__BOOTSTRAP_SERVERS": broker.bootstrap_servers,
-        # The embedded broker unpacks what it serves, and lets the first member of a group wait for half a
-        # session timeout.
-        "LIVESTATE_KAFKA__COMPRESSION": "none",
+        **broker.environment,
+        # The first member of a group waits for half of it.
         "LIVESTATE_KAFKA__SESSION_TIMEOUT_S": "6",
         "LIVESTATE_WORKER__DATA_DIR": str(directory / "worker"),
         "LIVESTATE_WORKER__HTTP_PORT": str(worker_port),

@@ -76,14 +76,11 @@ class Site:
 
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        # The embedded broker unpacks compressed batches each time they are read.
-        compression = "none" if isinstance(self.broker, EmbeddedBroker) else "lz4"
         self.environment = {
             **{f"LIVESTATE_TOPICS__{role.upper()}": name for role, name in self.topics.items()},
-            "LIVESTATE_KAFKA__BOOTSTRAP_SERVERS": self.broker.bootstrap_servers,
+            **self.broker.environment,
             "LIVESTATE_KAFKA__GROUP": self.topics["changelog"],
             "LIVESTATE_KAFKA__SESSION_TIMEOUT_S": "6",
-            "LIVESTATE_KAFKA__COMPRESSION": compression,
             "LIVESTATE_MODEL__HIDDEN": str(self.hidden),
             **self.overrides,
         }

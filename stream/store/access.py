@@ -48,7 +48,10 @@ class Lookup(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """Sizes now, and counts since the store was opened."""
+    """Sizes now, and counts since the store was opened.
+
+    cold_rows, cold_bytes: copies in the scratch file of rows that left memory, and the disk it takes.
+    """
 
     rows: int
     memory_rows: int
@@ -61,6 +64,8 @@ class Stats(NamedTuple):
     disk_reads: int
     held_dropped: int
     overhead_bytes: int
+    cold_rows: int
+    cold_bytes: int
 
 
 class Update:
@@ -98,6 +103,7 @@ class Update:
             if kind is None:
                 core.table.mark(self._slots)
                 self._cap.touched(self._slots)
+                core.floor.touched(self._slots)
                 self._cap.enforce()
             else:
                 self._put_back()
@@ -113,12 +119,15 @@ class Update:
         # A row that entry itself made, or started anew, ends again: nothing of it was visible before.
         begun = np.unique(slots[known & (self._meta[:, 0] == 0) & (self._meta[:, 1] == 0)])
         waiting = np.array(list(core.undo_waiting), np.int64)
-        core.kill(np.setdiff1d(begun, np.concatenate([self._made, waiting])))
+        ended = np.setdiff1d(begun, np.concatenate([self._made, waiting]))
+        # Some may have been dead before, and told; to be told twice harms nobody.
+        core.unreported += core.table.keys(ended).to_list()
+        core.kill(ended)
         admitted = np.intersect1d(begun, waiting)
         core.table.flags[admitted] |= layout.WAITING
         for slot in admitted.tolist():
             core.table.meta[slot], core.table.held[slot] = core.undo_waiting[slot]
-        ended = int(self._made.shape[0] + admitted.shape[0])
-        core.admitted -= ended
-        core.rows -= ended
+        undone = int(self._made.shape[0] + admitted.shape[0])
+        core.admitted -= undone
+        core.rows -= undone
         core.release(self._made)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream.errors import StoreError
-from stream.store import layout
+from stream.store import counting, layout
 from stream.store.core import Core
 from stream.store.keys import PackedKeys
 
@@ -29,15 +29,21 @@ _NOT_LIVE = layout.DEAD | layout.WAITING
 
 
 class Admission(NamedTuple):
-    """What observe() decided.
+    """What observe() decided about the first `stop` of n occurrences; the others are to be observed again.
 
     admitted: bool[n]; an event whose entry is false was counted, and held where its payload was given, or had
-    been counted before. released: (i, payloads) for each key that occurrence i admitted: its held events, in
-    order, which come before event i.
+    been counted before. released: (i, payloads) for each key whose admission rests on occurrence i: its held
+    events, in order, which come before event i. stop: n, or the first occurrence whose key expires through event
+    time that the batch itself brought, after the batch's own events made it what it is: update the rows, advance
+    the watermark, and observe the rest. gone: keys, each once, that have no row but may be known to have one: rows
+    found expired, and waiting keys of replayed events. The next sweep() hands them out too, but for those that have
+    a row again by then.
     """
 
     admitted: Bool
     released: list[tuple[int, list[bytes]]]
+    stop: int
+    gone: list[bytes]
 
 
 def observe(
@@ -46,7 +52,7 @@ def observe(
     """EmbeddingStore.observe, under the lock."""
     n = len(keys)
     if core.options.admission_threshold == 1:
-        return Admission(np.ones(n, np.bool_), [])
+        return Admission(np.ones(n, np.bool_), [], n, [])
     if core.sketch is not None:
         return _observe_sketch(core, keys, payloads)
     table = core.table
@@ -57,38 +63,64 @@ def observe(
         hashes = table.hashes(keys)
         created = table.insert(keys, hashes, slots, missing)
         table.flags[slots[created]] |= layout.WAITING
-    admitted = np.zeros(n, np.bool_)
-    _restart(core, slots)
-    admitted[:] = (table.flags[slots] & _NOT_LIVE) == 0
-    released: list[tuple[int, list[bytes]]] = []
-    threshold = core.options.admission_threshold
-    counted: list[int] = []
-    handed: set[int] = set()
-    for i in np.flatnonzero(~admitted).tolist():
-        slot = int(slots[i])
-        seen = int(table.events_seen[slot])
-        last = int(table.applied_offset[slot])
-        offset = last + 1 if offsets is None else int(offsets[i])
-        if seen < threshold and offset > last:
-            seen += 1
-            last = offset
-            table.events_seen[slot] = seen
-            table.last_event_ms[slot] = max(int(table.last_event_ms[slot]), int(event_ms[i]))
-            table.applied_offset[slot] = offset
-            counted.append(slot)
-            if seen < threshold and payloads is not None:
-                held = table.held.setdefault(slot, [])
-                held.append(payloads[i])
-                _bound(core, held)
-        # Admitted from the n-th occurrence on; again so where the update that should follow had failed.
-        if seen >= threshold and offset >= last:
-            admitted[i] = True
-            if slot not in handed:
-                handed.add(slot)
-                released.append((i, table.held.get(slot, [])))
-    table.mark(np.array(counted, np.int64))
+    clients = last = np.empty(0, np.int64)
+    ttl = core.options.ttl_ms
+    if ttl is not None and n:
+        # Only then can a key expire through the batch's own event time.
+        latest = max(core.watermark, int(event_ms.max())) - ttl
+        at = table.last_event_ms[slots]
+        if int(event_ms.min()) <= latest or bool(
+            ((at <= latest) & ((table.events_seen[slots] != 0) | (at != 0))).any()
+        ):
+            distinct, clients = np.unique(slots, return_inverse=True)
+            last = np.empty(distinct.shape[0], np.int64)
+    actions = np.zeros(n, np.uint8)
+    stop, ended = counting.count(
+        table.records,
+        slots,
+        np.empty(0, np.int64) if offsets is None else offsets,
+        event_ms,
+        core.options.admission_threshold,
+        core.horizon,
+        core.watermark,
+        ttl or 0,
+        clients,
+        last,
+        actions,
+    )
+    core.rows -= ended
+    core.expired += ended
+    released = _settle_held(core, slots, actions, payloads)
+    table.mark(slots[(actions & (counting.HOLD | counting.RELEASE | counting.RESTART)) != 0])
+    admitted = (actions & counting.ADMIT) != 0
+    gone: list[bytes] = []
+    missed = np.flatnonzero(actions & counting.GONE)
+    if missed.shape[0]:
+        missed = missed[~np.isin(slots[missed], slots[admitted])]
+        gone = list(dict.fromkeys(keys.take(missed).to_list()))
+        if ttl is not None:
+            core.unreported += gone
     core.make_room()
-    return Admission(admitted, released)
+    return Admission(admitted, released, stop, gone)
+
+
+def _settle_held(
+    core: Core, slots: Int64, actions: npt.NDArray[np.uint8], payloads: Sequence[bytes] | None
+) -> list[tuple[int, list[bytes]]]:
+    """Drop, keep and hand out held events as the occurrences ask for, in order; returns what is handed out."""
+    held = core.table.held
+    released: list[tuple[int, list[bytes]]] = []
+    at = np.flatnonzero(actions & (counting.HOLD | counting.RELEASE | counting.RESTART))
+    for i, slot, action in zip(at.tolist(), slots[at].tolist(), actions[at].tolist(), strict=True):
+        if action & counting.RESTART:
+            held.pop(slot, None)
+        if action & counting.HOLD and payloads is not None:
+            events = held.setdefault(slot, [])
+            events.append(payloads[i])
+            _bound(core, events)
+        elif action & counting.RELEASE:
+            released.append((i, list(held.get(slot, ()))))
+    return released
 
 
 def _restart(core: Core, slots: Int64) -> None:
@@ -149,4 +181,4 @@ def _observe_sketch(core: Core, keys: PackedKeys, payloads: Sequence[bytes] | No
         table.last_event_ms[new] = max(core.watermark, 0)
         table.mark(new)
     core.make_room()
-    return Admission(admitted, [])
+    return Admission(admitted, [], len(keys), [])

@@ -189,10 +189,6 @@ class Checkpoint:
 
     def _from_memory(self, slots: npt.NDArray[np.int64], piece: Piece) -> Slice:
         table, core = self._table, self._core
-        late = ((table.flags[slots] & layout.DEAD) == 0) & (table.last_event_ms[slots] <= self.horizon_ms)
-        if late.any():
-            core.expired += int((late & ((table.flags[slots] & layout.WAITING) == 0)).sum())
-            core.kill(slots[late])
         table.clear_bits(table.dirty, slots)
         keys = table.keys(slots).to_list()
         encoded = core.encode(slots)
@@ -222,7 +218,7 @@ class Checkpoint:
         batch = piece.batch
         assert self._disk is not None
         assert batch is not None
-        table, core = self._table, self._core
+        table = self._table
         for key in keys:
             batch.delete("owed", key)
         packed = PackedKeys.from_list(keys)
@@ -236,10 +232,6 @@ class Checkpoint:
             if value is None or header is None or header["kind"] == rows.TOMBSTONE:
                 batch.delete("rows", keys[i])
                 value = None
-            elif int(header["last_event_ms"]) <= self.horizon_ms:
-                # Expired on disk: brought in, so that it is counted and ended like any other.
-                slots[i] = core.bring_in(packed.take([i]))[0]
-                continue
             else:
                 batch.put("rows", keys[i], value)
             self.spilled.discard(keys[i])

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from stream.errors import StoreError
 from stream.store import kernels, layout, rows
 from stream.store.cold import Cold
-from stream.store.disk import Disk, age_key
+from stream.store.disk import Batch, Disk, age_key
+from stream.store.floor import Floor
 from stream.store.hashing import hash_keys
 from stream.store.keys import PackedKeys
 from stream.store.options import StoreOptions
@@ -39,6 +40,7 @@ Headers = npt.NDArray[np.void]
 NEVER_MS = -(2**62)
 _NO_HORIZON = -(2**63)
 _SPILL_ROWS = 512  # at least so many at once: about 2 ms of disk writes
+_COPIES = 10  # for each row in memory, at most so many copies of rows that left it
 _NOT_LIVE = layout.DEAD | layout.WAITING
 
 
@@ -54,6 +56,7 @@ class Core:
         if options.memory_rows is not None:
             reserve = options.memory_rows + min(options.memory_rows // 8, 1 << 16) + 1024
         self.table = Table(options.width + options.state_width, reserve, options.hash_seed, hasher)
+        self.floor = Floor(self)
         self.is_open = True
         self.updating = False
         self.open_checkpoint: Checkpoint | None = None
@@ -69,13 +72,17 @@ class Core:
         if options.admission_mode == "sketch" and options.admission_threshold > 1:
             self.sketch = Sketch(options.sketch_keys, options.admission_threshold, options.init_seed)
         self.commits = 0
-        self.lowest_age_ms = 2**62  # of the entries put into disk's queue of ages; the cap resets it
+        # Of the entries put into disk's queue of ages: the cap and the sweep each reset theirs.
+        self.lowest_age_ms = self.lowest_unswept_ms = 2**62
+        # Keys of rows that ended outside the sweep and the cap, for the sweep to hand out.
+        self.unreported: list[bytes] = []
         self.undo_waiting: dict[int, tuple[Int64, list[bytes]]] = {}
         self.metas: dict[str, bytes] = {}
         self.cold: Cold | None = None
-        if disk is not None and options.cold_rows:
+        copies = options.cold_rows if options.cold_rows is not None else _COPIES * (options.memory_rows or 0)
+        if disk is not None and copies:
             floats = options.width + options.state_width
-            self.cold = Cold(disk.path, floats, options.cold_rows, options.hash_seed)
+            self.cold = Cold(disk.path, floats, copies, options.hash_seed, growing=options.cold_rows is None)
         # Only a table whose rows end by age or number needs the queue of ages.
         self.aged = disk is not None and (options.ttl_ms is not None or options.max_rows is not None)
         if disk is not None:
@@ -88,8 +95,9 @@ class Core:
             self.watermark = int(self.metas.get("store.watermark_ms", str(NEVER_MS).encode()))
             if options.ttl_ms is not None:
                 self.horizon = int(self.metas.get("store.horizon_ms", str(_NO_HORIZON).encode()))
-                self.horizon = max(self.horizon, self._floor(self.watermark - options.ttl_ms))
-
+            if self.rows:
+                self.floor.unknown()
+            self.hold_horizon()
         if disk is not None and self.aged != (self.metas.get("store.aged") == b"1"):
             self._make_ages(disk)
 
@@ -128,19 +136,12 @@ class Core:
         """Move the watermark, and with it the horizon, forward."""
         if ms > self.watermark:
             self.watermark = ms
-            if self.options.ttl_ms is not None:
-                self.horizon = max(self.horizon, self._floor(ms - self.options.ttl_ms))
+            self.hold_horizon()
 
-    def _floor(self, horizon: int) -> int:
-        """The horizon, held back so that min_rows of the rows in memory stay."""
-        keep = self.options.min_rows
-        if not keep:
-            return horizon
-        used = self.live_slots()
-        if used.shape[0] <= keep:
-            return _NO_HORIZON
-        last = self.table.last_event_ms[used]
-        return min(horizon, int(np.partition(last, -keep)[-keep]) - 1)
+    def hold_horizon(self) -> None:
+        """Move the horizon to where watermark, time to live and floor have it."""
+        if self.options.ttl_ms is not None:
+            self.horizon = max(self.horizon, self.floor.limit(self.watermark - self.options.ttl_ms))
 
     def live_slots(self) -> Int64:
         """Slots of rows in memory, expired ones included, ascending."""
@@ -215,6 +216,7 @@ class Core:
     def release(self, slots: Int64) -> None:
         """Free slots."""
         self.touch(slots)
+        self.floor.leaving(slots)
         self.table.remove(slots)
 
     def kill(self, slots: Int64) -> None:
@@ -224,13 +226,39 @@ class Core:
         table = self.table
         self.touch(slots)
         self.rows -= int(((table.flags[slots] & layout.WAITING) == 0).sum())
+        self.floor.ending(slots)
         if self.disk is None and not self.options.changelog:
+            self.floor.leaving(slots)
             table.remove(slots)
             return
         table.flags[slots] = (table.flags[slots] & np.uint8(0xFF ^ layout.WAITING)) | layout.DEAD
         for slot in slots.tolist() if table.held else ():
             table.held.pop(slot, None)
         table.mark(slots)
+
+    def end_on_disk(self, batch: Batch, keys: list[bytes], meta: Int64, admitted: int) -> None:
+        """Turn records that are on disk alone into tombstones owed to the changelog, and write the batch.
+
+        keys are distinct, meta int64[n, 3] theirs; `admitted` of them are rows.
+        """
+        assert self.disk is not None
+        for key, value in zip(keys, rows.encode_headers(meta, rows.TOMBSTONE), strict=True):
+            batch.put("rows", key, value)
+            batch.put("owed", key, b"")
+        count = self.disk_rows - admitted
+        batch.put("meta", b"store.rows", str(count).encode())
+        self.disk.write(batch)
+        self.disk_rows = count
+        self.rows -= admitted
+        self.expired += admitted
+        if self.cold is not None and len(self.cold):
+            packed = PackedKeys.from_list(keys)
+            self.cold.drop(packed, self.table.hashes(packed))
+
+    def note_age(self, ms: int) -> None:
+        """To be told of entries put into disk's queue of ages."""
+        self.lowest_age_ms = min(self.lowest_age_ms, ms)
+        self.lowest_unswept_ms = min(self.lowest_unswept_ms, ms)
 
     # -- from disk -----------------------------------------------------------------------------------------
 
@@ -342,10 +370,16 @@ class Core:
         if limit is None or len(table) <= limit:
             return
         excess = len(table) - limit
-        if len(table) - table.unsaved < excess + limit // 16:
+        pinned, pinned_unsaved = self.floor.pinned()
+        unsaved = table.unsaved - pinned_unsaved
+        clean = len(table) - table.unsaved - (pinned - pinned_unsaved)
+        if clean < excess + limit // 16:
             # With few clean rows a search for them walks the whole table, so some more are spilled than must go.
-            victims = self._spill(min(table.unsaved, max(excess, _SPILL_ROWS)))
-            victims = victims[: max(len(table) - limit, 0)]
+            victims = self._spill(min(unsaved, max(excess, _SPILL_ROWS)))
+            excess = max(len(table) - limit, 0)
+            victims = victims[:excess]
+            if victims.shape[0] < excess:
+                victims = table.choose_victims(excess, spill=False)
         else:
             victims = table.choose_victims(excess, spill=False)
         if self.cold is not None:
@@ -380,7 +414,7 @@ class Core:
             batch.put("owed", key, b"")
             if not known and self.aged:
                 batch.put("ages", age_key(ms, key), b"")
-                self.lowest_age_ms = min(self.lowest_age_ms, ms)
+                self.note_age(ms)
         count = self.disk_rows + int((live & ~on_disk).sum()) - int((~live & on_disk).sum())
         batch.put("meta", b"store.rows", str(count).encode())
         self.disk.write(batch)
@@ -429,7 +463,7 @@ class Core:
             table.flags[slots[tomb]] &= np.uint8(0xFF ^ layout.ON_DISK)
             table.flags[slots] |= layout.AGED
             if slots.shape[0]:
-                self.lowest_age_ms = min(self.lowest_age_ms, int(table.last_event_ms[slots].min()))
+                self.note_age(int(table.last_event_ms[slots].min()))
         self.metas.update(metas)
         table.flags[slots] &= np.uint8(0xFF ^ layout.TOMB)
         table.clear_bits(table.pending, slots)

@@ -24,6 +24,7 @@ from rocksdict import (
     Cache,
     DataBlockIndexType,
     DBCompressionType,
+    Env,
     Options,
     Rdict,
     RdictIter,
@@ -260,6 +261,12 @@ def _options(fresh: bool, cache: Cache, *, point: bool) -> Options:
     options.set_write_buffer_size(32 << 20)
     options.set_max_open_files(-1)
     options.set_keep_log_file_num(2)
+    # Flushes and compactions yield to the thread that serves; a second memtable fills while one is written out.
+    background = Env()
+    background.lower_thread_pool_cpu_priority()
+    background.lower_high_priority_thread_pool_cpu_priority()
+    options.set_env(background)
+    options.set_max_write_buffer_number(4)
     options.set_compression_type(DBCompressionType.none())
     table = BlockBasedOptions()
     table.set_block_cache(cache)

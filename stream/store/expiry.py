@@ -26,17 +26,19 @@ Int64 = npt.NDArray[np.int64]
 
 _SCAN_SLOTS = 16_384
 _KILL_ROWS = 512
-_WALK_ROWS = 64
+_WALK_ROWS = 32
 _CAP_ROWS = 4096
 _NOT_LIVE = layout.DEAD | layout.WAITING
 
 
 class Aged(NamedTuple):
-    """A key on disk: its last_event_ms, and whether it is a row or a waiting key."""
+    """A key on disk: its last_event_ms, whether it is a row or a waiting key, and the rest of its header."""
 
     ms: int
     key: bytes
     is_row: bool
+    events_seen: int
+    applied_offset: int
 
 
 class Ages:
@@ -46,11 +48,16 @@ class Ages:
         self._core = core
         self._cursor = b""
         self._passed: tuple[int, bytes] | None = None
+        # Before this there is no entry. To seek from further ahead would cost a read of all that was ever removed.
+        self._first = b""
+        self._kept: tuple[int, bytes] | None = None
 
     def rewind(self) -> None:
         """Start from the oldest entry again."""
-        self._cursor = b""
+        self._first = self._cursor if self._kept is None else min(age_key(*self._kept), self._cursor)
+        self._cursor = self._first
         self._passed = None
+        self._kept = None
 
     def back_to(self, ms: int, key: bytes = b"") -> None:
         """Let the walk go on at this entry, if it is past it."""
@@ -62,11 +69,11 @@ class Ages:
             self.back_to(*self._passed)
             self._passed = None
 
-    def step(self, latest_ms: int, limit: int) -> tuple[list[Aged], bool]:
+    def step(self, latest_ms: int, limit: int, *, end: bool = False) -> tuple[list[Aged], bool]:
         """Walk up to `limit` entries of at most latest_ms.
 
         Returns what disk alone holds of the keys met, oldest first, and whether the walk came to the end. Keys
-        in memory are left to their slots.
+        in memory are left to their slots. end: what is returned ends, in the same write.
         """
         core, disk = self._core, self._core.disk
         assert disk is not None
@@ -80,36 +87,48 @@ class Ages:
         self._cursor = age_key(within[-1][0], within[-1][1] + b"\0")
         keys = PackedKeys.from_list([key for _, key in within])
         slots, _ = core.table.find(keys, core.table.hashes(keys))
-        values = iter(disk.get([within[i][1] for i in np.flatnonzero(slots < 0).tolist()]))
+        absent = np.flatnonzero(slots < 0).tolist()
+        values = disk.get([within[i][1] for i in absent])
+        present = [(i, value) for i, value in zip(absent, values, strict=True) if value is not None]
+        headers = dict(
+            zip(
+                [i for i, _ in present],
+                rows.read_headers([value for _, value in present], core.origin).tolist(),
+                strict=True,
+            )
+        )
         batch = disk.batch()
         found: list[Aged] = []
-        for (ms, key), slot in zip(within, slots.tolist(), strict=True):
+        for i, ((ms, key), slot) in enumerate(zip(within, slots.tolist(), strict=True)):
             if slot >= 0:
                 # The entry of a dead row must outlive it: only its commit makes the row's end certain.
                 dead = core.table.flags[slot] & layout.DEAD
                 actual = ms if dead else int(core.table.last_event_ms[slot])
                 if not dead:
                     self._passed = min(self._passed or (actual, key), (actual, key))
+            elif i not in headers:
+                batch.delete("ages", age_key(ms, key))
+                continue
             else:
-                value = next(values)
-                if value is None:
-                    batch.delete("ages", age_key(ms, key))
-                    continue
-                header = rows.read_headers([value], core.origin)[0]
-                if header["kind"] == rows.TOMBSTONE:
-                    continue
-                actual = int(header["last_event_ms"])
-                if (actual, key) <= within[-1]:
-                    found.append(Aged(actual, key, bool(header["kind"] == rows.ROW)))
+                _, kind, _, _, events_seen, actual, applied_offset = headers[i]
+                if kind == rows.TOMBSTONE:
+                    actual = ms
+                elif (actual, key) <= within[-1]:
+                    found.append(Aged(actual, key, kind == rows.ROW, events_seen, applied_offset))
                 elif actual <= latest_ms:
                     # Its entry moves to where this walk has yet to come.
                     done = False
+            self._kept = min(self._kept or (actual, key), (actual, key))
             if actual != ms:
                 batch.delete("ages", age_key(ms, key))
                 batch.put("ages", age_key(actual, key), b"")
-        if len(batch):
+        found = sorted(set(found))
+        if end and found:
+            meta = np.array([(aged.events_seen, aged.ms, aged.applied_offset) for aged in found], np.int64)
+            core.end_on_disk(batch, [aged.key for aged in found], meta, sum(aged.is_row for aged in found))
+        elif len(batch):
             disk.write(batch)
-        return sorted(set(found)), done
+        return found, done
 
 
 class Sweep:
@@ -127,16 +146,36 @@ class Sweep:
         """Sweep until budget_ms is over or a pass is complete; returns the keys of rows that ended."""
         core = self._core
         ended: list[bytes] = []
-        until = clock() + budget_ms / 1000.0
+        began = clock()
+        until = began + budget_ms / 1000.0
+        longest = 0.0
+        with core.lock:
+            core.check_idle()
+            ended += self._unreported()
         while True:
             with core.lock:
                 core.check_idle()
                 # A row that ends while its state is being given out would be missing from the checkpoint.
-                if core.open_checkpoint is not None or not self._slice(ended):
+                if core.open_checkpoint is not None or not (self._slice(ended) or core.floor.step()):
                     return ended
-                core.make_room()
-            if clock() >= until:
+            now = clock()
+            longest, began = max(longest, now - began), now
+            # Not begun if it may well end late.
+            if now + longest > until:
                 return ended
+
+    def _unreported(self) -> list[bytes]:
+        """Keys of rows that ended elsewhere, without those that have a row again."""
+        core = self._core
+        keys = list(dict.fromkeys(core.unreported))
+        core.unreported = []
+        if not keys:
+            return []
+        slots = core.bring_in(PackedKeys.from_list(keys))
+        live = slots >= 0
+        live[live] = (core.table.flags[slots[live]] & _NOT_LIVE) == 0
+        core.make_room()
+        return [key for key, is_live in zip(keys, live.tolist(), strict=True) if not is_live]
 
     def _slice(self, ended: list[bytes]) -> bool:
         core = self._core
@@ -154,10 +193,12 @@ class Sweep:
             self._slot = 0
             self._on_disk = core.disk is not None
             self._ages.rewind()
+            # A row that came late has its entry where the last walk has been.
+            self._ages.back_to(core.lowest_unswept_ms)
+            core.lowest_unswept_ms = 2**62
         else:
-            found, done = self._ages.step(self._target, _WALK_ROWS)
-            if found:
-                self._end(core.bring_in(PackedKeys.from_list([aged.key for aged in found])), ended)
+            found, done = self._ages.step(self._target, _WALK_ROWS, end=True)
+            ended += [aged.key for aged in found if aged.is_row]
             self._on_disk = not done
         if not self._on_disk:
             self._done = self._target

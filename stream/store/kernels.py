@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 
 from stream.store.hashing import prefetch
-from stream.store.layout import AGED, DEAD, RECENT, UNSAVED, UNSAVED_ROWS, WAITING
+from stream.store.layout import AGED, DEAD, PINNED, RECENT, UNSAVED, UNSAVED_ROWS, WAITING
 
 __all__ = [
     "clean",
@@ -265,10 +265,11 @@ def expired_scan(records: Any, begin: Any, end: Any, horizon: Any, out: Any) -> 
 def evict(records: Any, hand: Any, allocated: Any, wanted: Any, spill: Any, out: Any) -> Any:
     """Choose up to `wanted` slots to leave memory, by the clock from slot `hand` on, into out.
 
-    Rows whose current copy is on disk, or, where spill is true, those without one. Passing over a row lowers its
-    recency; rows at zero go. Returns (hand, count) after at most ten rounds.
+    Rows whose current copy is on disk, or, where spill is true, those without one; never pinned ones. Passing over a
+    row lowers its recency; rows at zero go. Returns (hand, count) after at most ten rounds.
     """
     unsaved = np.uint64(UNSAVED << 16)
+    pinned = np.uint64(PINNED << 16)
     count = 0
     if allocated == 0:
         return np.int64(0), count
@@ -282,7 +283,7 @@ def evict(records: Any, hand: Any, allocated: Any, wanted: Any, spill: Any, out:
         word = records[slot, 5]
         if (word & _M16) == _ZERO:
             continue
-        if ((word & unsaved) != _ZERO) != spill:
+        if ((word & unsaved) != _ZERO) != spill or (word & pinned) != _ZERO:
             continue
         clock = (word & _CLOCK_MASK) >> _CLOCK_SHIFT
         if clock > _ZERO:

@@ -20,6 +20,8 @@ DEAD = 4  # deleted; the slot waits to become a tombstone
 TOMB = 8  # the checkpoint being taken leaves no live row of this key on disk
 WAITING = 16  # not admitted yet: events_seen counts occurrences, the floats mean nothing
 AGED = 32  # disk has an entry for this key in its queue of ages
+MET = 64  # an occurrence in the batch being counted was admitted; never set outside that
+PINNED = 128  # one of the newest rows, which min_rows keeps in memory
 
 # Slots of the counters array.
 ALLOCATED = 0  # records ever handed out

@@ -21,15 +21,18 @@ class StoreOptions:
     width: floats in a row's vector. state_width: floats of optimizer state beside it.
 
     memory_rows: rows kept in memory when there is a disk; more than that only for the length of one batch.
-    cold_rows: copies of rows that left memory, in a scratch file beside the database (each about 60 bytes and the
-    floats) that the system pages in and out; reading one costs a tenth of a read from RocksDB.
+    cold_rows: copies of rows that left memory, in a scratch file beside the database (each about 60 bytes, the
+    floats, and a key's bytes where it has more than 16) that the system pages in and out; reading one costs a tenth
+    of a read from RocksDB. None: as many as leave memory, up to ten for each of memory_rows, while a tenth of the
+    file system stays free; none without memory_rows. A number takes the room for so many at once; 0 takes none.
     block_cache_bytes: RocksDB's read cache. sync: fsync each commit, to survive power loss and not only a killed
     process. reserve_rows: address space to take at first where there is no memory_rows; a table that outgrows it
     is copied once into twice as much. changelog: keep deletions for checkpoint() in a table without a disk, too.
 
     ttl_ms: event time after which a row that was not updated is expired (age >= ttl); None keeps rows for ever.
     max_rows: hard cap on live rows, memory and disk together; those with the smallest last_event_ms go first.
-    min_rows: expiry leaves at least this many of the most recently updated rows; at most memory_rows.
+    min_rows: expiry leaves at least this many of the most recently updated rows, which stay in memory; at most
+    memory_rows. Exact as the floor module says.
 
     admission_threshold: a key gets its row on this occurrence. admission_mode: "exact" counts per key, "sketch"
     counts in fixed memory, 20 bytes for each of sketch_keys waiting keys (40 for thresholds above 255).
@@ -56,7 +59,7 @@ class StoreOptions:
     block_cache_bytes: int = 64 << 20
     reserve_rows: int = 1 << 22
     changelog: bool = False
-    cold_rows: int = 0
+    cold_rows: int | None = None
 
     def __post_init__(self) -> None:
         self._at_least("width", self.width, 0)
@@ -66,7 +69,8 @@ class StoreOptions:
         self._at_least("sketch_keys", self.sketch_keys, 1)
         self._at_least("max_held_bytes", self.max_held_bytes, 1)
         self._at_least("block_cache_bytes", self.block_cache_bytes, 0)
-        self._at_least("cold_rows", self.cold_rows, 0)
+        if self.cold_rows is not None:
+            self._at_least("cold_rows", self.cold_rows, 0)
         self._at_least("reserve_rows", self.reserve_rows, 1)
         for name, value in (("memory_rows", self.memory_rows), ("ttl_ms", self.ttl_ms), ("max_rows", self.max_rows)):
             if value is not None:

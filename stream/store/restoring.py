@@ -56,8 +56,8 @@ def restore(core: Core, keys: Sequence[bytes], values: Sequence[bytes | None], m
         stored[disk_at] = disk_headers["applied_offset"]
         row_on_disk[disk_at] = disk_headers["kind"] == rows.ROW
     was_live = row_on_disk.copy()
-    if core.cold is not None:
-        core.cold.take(packed, table.hashes(packed))
+    if core.cold is not None and len(core.cold):
+        core.cold.drop(packed, table.hashes(packed))
     slots, _ = table.find(packed, table.hashes(packed))
     held = np.flatnonzero(slots >= 0)
     stored[held] = table.applied_offset[slots[held]]
@@ -73,6 +73,7 @@ def restore(core: Core, keys: Sequence[bytes], values: Sequence[bytes | None], m
         table.insert(sub, table.hashes(sub), new, len(sub))
         core.load(new, [value for value in (values[i] for i in at_present.tolist()) if value is not None])
         table.flags[new] &= np.uint8(0xFF ^ (layout.ON_DISK | layout.AGED))
+        core.floor.touched(new)
         core.metas.update(metas)
         return int(wins.sum())
     count = core.disk_rows + int((wins & is_row & ~row_on_disk).sum()) - int((wins & ~is_row & row_on_disk).sum())
@@ -88,6 +89,8 @@ def restore(core: Core, keys: Sequence[bytes], values: Sequence[bytes | None], m
             batch.delete("owed", key)
         elif value is not None and core.aged:
             batch.put("ages", age_key(int(times[i]), key), b"")
+            core.note_age(int(times[i]))
+    core.floor.stored(int(times[wins & is_row].max(initial=-(2**63))))
     core.commits += 1
     for name, value in metas.items():
         batch.put("meta", name.encode(), value)

@@ -92,6 +92,7 @@ class EmbeddingStore:
                 core.is_open = False
                 if core.cold is not None:
                     core.cold.close()
+                    core.cold = None
                 if core.disk is not None:
                     core.disk.close()
 
@@ -166,6 +167,8 @@ class EmbeddingStore:
                 core.disk_reads,
                 core.held_dropped,
                 core.table.overhead_bytes,
+                0 if core.cold is None else len(core.cold),
+                0 if core.cold is None else core.cold.nbytes,
             )
 
     @property
@@ -175,7 +178,7 @@ class EmbeddingStore:
 
     @property
     def horizon_ms(self) -> int:
-        """Rows last updated at or before this are expired: watermark less ttl, held back by min_rows."""
+        """Rows last updated at or before this are expired: watermark less ttl, held back by min_rows over all rows."""
         return self._core.horizon
 
     def advance_watermark(self, ms: int) -> None:
@@ -261,8 +264,10 @@ class EmbeddingStore:
 
         offsets: int64[n]; an occurrence whose offset was counted before is not counted again; without them each
         counts. event_ms: int64[n] or one for all, the watermark if not given. payloads: the events themselves, to
-        be held with keys that are not admitted yet. Whether a row has expired is judged by the watermark now.
-        Raises StoreError where a table in sketch mode is given payloads.
+        be held with keys that are not admitted yet.
+        Held are at most max_held_bytes a key. Each occurrence moves event time first, which began at the watermark,
+        and is then judged by it; see Admission.stop for where a batch has to be cut, and the README for
+        the whole of a caller. Raises StoreError where a table in sketch mode is given payloads.
         """
         core = self._core
         packed = _packed(keys)
@@ -289,8 +294,9 @@ class EmbeddingStore:
     def reset_expired(self, slots: Int64, watermarks_ms: Int64) -> Bool:
         """Inside update(): start anew the rows that are expired against their own watermark, int64[n].
 
-        For a batch whose events each move event time, so that the result is that of one event at a time.
-        slots are distinct. Returns bool[n], true where a row started anew.
+        For a batch whose events each move event time, so that the result is that of one event at a time. The floor
+        has no say here. Not for tables with exact admission, where observe() has judged. slots are distinct.
+        Returns bool[n], true where a row started anew.
         """
         core, table = self._core, self._core.table
         ttl = core.options.ttl_ms
@@ -335,11 +341,15 @@ class EmbeddingStore:
             core.expired += core.table.scatter(slots, values, when, applied, core.horizon)
             core.table.mark(slots)
             self._cap.touched(slots)
+            core.floor.touched(slots)
             self._cap.enforce()
             core.make_room()
 
     def delete(self, keys: Keys, offsets: npt.ArrayLike | None = None) -> Bool:
         """Delete the rows of keys, and what is known of keys that wait for admission.
+
+        Served no more from now on; durable from the next commit on, as every change. A crash before it undoes the
+        deletion, and only a deletion that stands in the input comes again with the replay.
 
         offsets: int64[n] or one for all, the positions that asked for it: a row with a larger applied_offset
         stays, so that a replayed deletion takes nothing that came after it. Returns bool[n], true at the first
@@ -370,9 +380,11 @@ class EmbeddingStore:
         return had
 
     def sweep(self, budget_ms: float = 5.0, clock: Callable[[], float] = time.perf_counter) -> list[bytes]:
-        """End expired rows for about budget_ms; returns their keys. Their tombstones come with the next checkpoint.
+        """End expired rows for at most budget_ms; returns their keys. Their tombstones come with the next checkpoint.
 
-        Does nothing while a checkpoint is open, or after a whole pass until time moves on. clock: in seconds.
+        Works in pieces of some tenths of a millisecond and stops before one that may not fit; being kept from the
+        processor or the disk comes on top. Does nothing while a checkpoint is open, or after a whole pass until time
+        moves on. clock: in seconds.
         """
         return self._sweep.run(budget_ms, clock)
 

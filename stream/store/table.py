@@ -23,7 +23,7 @@ __all__ = ["Hasher", "Maker", "Table"]
 Int64 = npt.NDArray[np.int64]
 Uint64 = npt.NDArray[np.uint64]
 Hasher = Callable[[PackedKeys], Uint64]
-Maker = Callable[[int, int, npt.DTypeLike], npt.NDArray[Any]]
+Maker = Callable[[int, int, npt.DTypeLike, int], npt.NDArray[Any]]
 
 _MAX_LOAD = 0.85
 
@@ -32,8 +32,9 @@ class Table:
     """Slots 0 to capacity - 1, each with `floats` float32 values and a record.
 
     reserve: rows to make room for at once; that memory is only used once rows are. hasher: replaces the hash,
-    uint64[n] for n keys (tests make all hashes equal). make: where the large arrays come from; zeros are needed
-    of it, and the table is then not to outgrow `reserve`.
+    uint64[n] for n keys (tests make all hashes equal). make: where arrays come from, by rows, columns, type and the
+    rows to have room for; zeros are needed of it. The table is then not to outgrow `reserve`, and its owner sees to
+    the room for rows and records.
     """
 
     def __init__(
@@ -41,12 +42,16 @@ class Table:
     ) -> None:
         self._seed = np.uint64(seed)
         self._hasher = hasher
-        maker = make or arena.reserve
-        self.rows: npt.NDArray[np.float32] = maker(reserve, floats, np.float32)
-        self.records: Uint64 = maker(reserve, layout.RECORD_WORDS, np.uint64)
-        self._entries: Uint64 = np.zeros(64, np.uint64)
-        if make is not None:
-            self._entries = make(int(reserve / _MAX_LOAD) + 64, 1, np.uint64).reshape(-1)
+        self._make = make
+        if make is None:
+            self.rows: npt.NDArray[np.float32] = arena.reserve(reserve, floats, np.float32)
+            self.records: Uint64 = arena.reserve(reserve, layout.RECORD_WORDS, np.uint64)
+            self._entries: Uint64 = np.zeros(64, np.uint64)
+        else:
+            self.rows = make(reserve, floats, np.float32, 0)
+            self.records = make(reserve, layout.RECORD_WORDS, np.uint64, 0)
+            size = int(reserve / _MAX_LOAD) + 64
+            self._entries = make(size, 1, np.uint64, size).reshape(-1)
         self._overflow = np.empty(0, np.uint64)
         self._counters = np.zeros(layout.COUNTERS, np.int64)
         self._counters[layout.FREE_HEAD] = -1
@@ -235,7 +240,10 @@ class Table:
         free = int(self._counters[layout.OVERFLOW_FREE])
         # Compacting costs a pass over all records, so it must win back a fair share to be worth it.
         kept = used - free if free * 4 >= used else used
-        target = np.empty(max(kept + need, int(kept * 1.5)), np.uint64)
+        size = max(kept + need, int(kept * 1.5))
+        target: Uint64 = np.empty(size, np.uint64)
+        if self._make is not None:
+            target = self._make(size, 1, np.uint64, size).reshape(-1)
         if kept == used:
             target[:used] = self._overflow[:used]
         else:

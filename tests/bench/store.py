@@ -2,7 +2,8 @@
 
 16-byte keys, 32 floats, batches of 4,096, one thread. Beside it, in the same run and on the same keys, rows in a
 plain dict of numpy arrays and rows in RocksDB alone (its bulk writes and multi-gets through rocksdict). Keys reach
-the store packed, or as lists of bytes objects of 8 to 40 bytes, made just before as a consumer makes them. Resident
+the store packed, or as lists of bytes objects of 8 to 40 bytes, made just before as a consumer makes them. Admission
+is measured with a threshold of 2, events held in memory, and the sketch's error with as many keys as rows. Resident
 memory is read from the system after 1 and 4 million rows, each in a process of its own, and before and after a
 million rows expired and a million others came. The last line is JSON.
 """
@@ -107,6 +108,42 @@ def measure_reuse(rows: int) -> None:
     print(resident_bytes() / plateau)
 
 
+def measure_observe(rows: int) -> dict[str, float]:
+    """Occurrences a second through observe() with a threshold of 2: first, second and later ones of each key.
+
+    The events held are 105 bytes each. The update that makes an admitted key's row is not counted.
+    """
+    store = EmbeddingStore.open(None, StoreOptions(width=WIDTH, admission_threshold=2))
+    payloads = [bytes(105)] * BATCH
+    figures: dict[str, float] = {}
+    for turn, name in enumerate(("waiting", "admitted", "known")):
+        spent = 0.0
+        for start, size in chunks(rows):
+            keys = make_keys(start, size)
+            offsets = np.arange(start, start + size) + turn * rows
+            started = time.perf_counter()
+            admission = store.observe(keys, offsets, 1, payloads[:size])
+            spent += time.perf_counter() - started
+            with store.update(keys.take(np.flatnonzero(admission.admitted))) as slots:
+                store.events_seen[slots] += 1
+                store.last_event_ms[slots] = 1
+        figures[name] = rows / spent
+    return figures
+
+
+def measure_sketch(keys: int) -> tuple[float, float]:
+    """Share of keys admitted before their second occurrence in sketch mode, at nominal load and at twice that."""
+    options = StoreOptions(width=WIDTH, admission_threshold=2, admission_mode="sketch", sketch_keys=keys)
+    shares = []
+    with EmbeddingStore.open(None, options) as store:
+        early = 0
+        for half in range(2):
+            for start, size in chunks(keys):
+                early += int(store.observe(make_keys(half * keys + start, size)).admitted.sum())
+            shares.append(early / ((half + 1) * keys))
+    return shares[0], shares[1]
+
+
 def in_own_process(what: str, rows: int) -> float:
     """Run one of the memory measurements in a fresh process."""
     command = [sys.executable, "-m", "tests.bench.store", "--measure", what, "--rows", str(rows)]
@@ -164,12 +201,12 @@ def measure_rocksdb(rows: int, batches: list[list[bytes]]) -> tuple[float, float
     return finds, upserts
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--measure", choices=["overhead", "reuse"])
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     rows = arguments.rows
     if arguments.measure == "overhead":
         return measure_overhead(rows)
@@ -206,6 +243,14 @@ def main() -> None:
     store.close()
     print(f"lists of bytes objects of 8 to 40 bytes: {from_bytes:,.0f} finds per s", flush=True)
 
+    observed = measure_observe(rows // 4)
+    observes = 3 / sum(1 / value for value in observed.values())
+    parts = ", ".join(f"{value:,.0f} {name}" for name, value in observed.items())
+    print(f"observe, threshold 2: {observes:,.0f} occurrences per s ({parts})", flush=True)
+
+    nominal, twice = measure_sketch(rows)
+    print(f"sketch, threshold 2: {nominal:.5%} of keys early at nominal load, {twice:.3%} at twice that", flush=True)
+
     some = [keys.to_list() for keys in batches[:20]]
     dict_finds, dict_upserts = measure_dict(rows, some)
     print(f"dict of arrays: {dict_finds:,.0f} finds, {dict_upserts:,.0f} upserts per s", flush=True)
@@ -223,6 +268,10 @@ def main() -> None:
                 "upserts_per_s": round(upserts),
                 "inserts_per_s": round(inserts),
                 "finds_from_bytes_per_s": round(from_bytes),
+                "observes_per_s": round(observes),
+                **{f"observes_{name}_per_s": round(value) for name, value in observed.items()},
+                "sketch_early_share": round(nominal, 7),
+                "sketch_early_share_at_twice_the_load": round(twice, 6),
                 "dict_finds_per_s": round(dict_finds),
                 "dict_upserts_per_s": round(dict_upserts),
                 "rocksdb_finds_per_s": round(disk_finds),

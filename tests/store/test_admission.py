@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stream.errors import StoreError
-from stream.store import EmbeddingStore, PackedKeys
+from stream.store import EmbeddingStore, PackedKeys, StoreOptions
 from stream.store.sketch import Sketch
 from tests.store.conftest import Opener
 
@@ -179,3 +185,145 @@ def test_given_the_sketch_mode_then_events_cannot_be_held(open_store: Opener) ->
     store = open_store(None, admission_threshold=2, admission_mode="sketch", sketch_keys=100)
     with pytest.raises(StoreError, match="admission_mode"):
         store.observe([b"a"], payloads=[b"event"])
+
+
+@dataclass
+class Ledger:
+    """A worker's view of one partition: the log, its own position, and what a crash leaves of the rest."""
+
+    log: list[tuple[bytes, float]]
+    position: int = 0
+    committed: int = 0
+    records: list[tuple[bytes, bytes | None]] = field(default_factory=list)
+
+
+def consume(store: EmbeddingStore, ledger: Ledger, stop: int) -> None:
+    """One batch through observe() and update(), as the README has it."""
+    offsets = np.arange(ledger.position, stop)
+    keys = [ledger.log[offset][0] for offset in offsets]
+    admission = store.observe(keys, offsets, 1, [str(offset).encode() for offset in offsets])
+    assert admission.stop == len(keys)
+    events = [int(payload) for _, held in admission.released for payload in held]
+    events += offsets[admission.admitted].tolist()
+    with store.update([ledger.log[offset][0] for offset in events]) as slots:
+        for slot, offset in zip(slots.tolist(), events, strict=True):
+            if offset > store.applied_offset[slot]:
+                store.vectors[slot] = store.vectors[slot] * np.float32(0.7) + np.float32(ledger.log[offset][1])
+                store.events_seen[slot] += 1
+                store.last_event_ms[slot] = 1
+                store.applied_offset[slot] = offset
+    ledger.position = stop
+
+
+@given(
+    names=st.lists(st.sampled_from([b"a", b"b", b"c", b"d-of-more-than-sixteen-bytes"]), min_size=1, max_size=80),
+    threshold=st.sampled_from([1, 2, 3, 16]),
+    memory_rows=st.sampled_from([1, 2, 50]),
+    steps=st.lists(
+        st.one_of(
+            st.integers(1, 30),
+            st.sampled_from(["checkpoint", "slow checkpoint", "crash", "crash, disk lost"]),
+        ),
+        max_size=14,
+    ),
+)
+@settings(max_examples=int(os.environ.get("LIVESTATE_EXAMPLES", "60")), deadline=None)
+def test_given_batches_cut_anywhere_and_crashes_then_rows_equal_those_without_a_filter(
+    names: list[bytes], threshold: int, memory_rows: int, steps: list[int | str]
+) -> None:
+    ledger = Ledger([(key, float(i % 7 - 3)) for i, key in enumerate(names)])
+    options = StoreOptions(width=2, admission_threshold=threshold, memory_rows=memory_rows)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "table"
+        store = EmbeddingStore.open(path, options)
+        for move in [*steps, len(names)]:
+            if isinstance(move, int):
+                consume(store, ledger, min(ledger.position + move, len(names)))
+            elif move.endswith("checkpoint"):
+                at, taken = ledger.position, store.checkpoint()
+                for keys, rows in taken.slices(2):
+                    ledger.records += zip(keys, rows, strict=True)
+                    if move.startswith("slow") and ledger.position < len(names):
+                        # Rows given out may be newer than the position, and admitted since.
+                        consume(store, ledger, ledger.position + 1)
+                taken.commit({"records": str(len(ledger.records)).encode()})
+                ledger.committed = at
+            else:
+                store.close()
+                if move.endswith("lost"):
+                    shutil.rmtree(path)
+                store = EmbeddingStore.open(path, options)
+                rest = ledger.records[int(store.meta("records") or b"0") :]
+                store.restore([key for key, _ in rest], [row for _, row in rest])
+                ledger.position = ledger.committed
+
+        with EmbeddingStore.open(None, StoreOptions(width=2)) as unfiltered:
+            consume(unfiltered, Ledger(ledger.log), len(names))
+            mine, theirs = store.lookup(names), unfiltered.lookup(names)
+        enough = np.array([names.count(key) >= threshold for key in names])
+        assert (mine.found == enough).all()
+        for got, wanted in zip(mine, theirs, strict=True):
+            assert got[enough].tobytes() == wanted[enough].tobytes()
+        assert len(store) == len({key for key in names if names.count(key) >= threshold})
+        store.close()
+
+
+def test_given_a_batch_that_moves_time_then_waiting_keys_and_rows_start_over_within_it(open_store: Opener) -> None:
+    store = open_store(None, admission_threshold=2, ttl_ms=100)
+    assert occur(store, b"row", 0, ms=1) is None
+    assert occur(store, b"row", 1, ms=1) == [b"0", b"1"]
+    store.advance_watermark(1)
+
+    # The third moves time past the second's and the row's; what comes after starts from zero.
+    keys = [b"waits", b"mover", b"waits", b"row", b"row", b"waits"]
+    admission = store.observe(keys, range(2, 8), [2, 200, 201, 202, 203, 204], [b"2", b"3", b"4", b"5", b"6", b"7"])
+
+    assert admission.admitted.tolist() == [False, False, False, False, True, True]
+    assert admission.released == [(4, [b"5"]), (5, [b"4"])]
+    assert admission.gone == []
+    assert admission.stop == 6
+    assert store.stats.expired == 1
+
+
+def test_given_a_row_of_the_batch_that_expires_in_it_then_observe_stops_before_it(open_store: Opener) -> None:
+    store = open_store(None, admission_threshold=2, ttl_ms=100)
+    keys = [b"a", b"a", b"b", b"a", b"a"]
+    offsets, times = np.arange(5), np.array([1, 2, 500, 501, 502])
+    payloads = [str(offset).encode() for offset in offsets]
+
+    first = store.observe(keys, offsets, times, payloads)
+    with store.update([b"a", b"a"]) as slots:
+        store.events_seen[slots[0]] = 2
+        store.last_event_ms[slots[0]] = 2
+        store.applied_offset[slots[0]] = 1
+    store.advance_watermark(500)
+    second = store.observe(keys[3:], offsets[3:], times[3:], payloads[3:])
+
+    assert first.stop == 3
+    assert first.admitted.tolist() == [False, True, False, False, False]
+    assert second.stop == 2
+    assert second.admitted.tolist() == [False, True]
+    assert second.released == [(1, [b"3"])]
+
+
+def test_given_a_row_found_expired_then_its_key_is_reported_gone_and_so_it_is_on_a_replay(open_store: Opener) -> None:
+    store = open_store(admission_threshold=2, ttl_ms=10, memory_rows=1)
+    occur(store, b"a", 0)
+    occur(store, b"a", 1)
+    store.advance_watermark(100)
+
+    assert store.observe([b"a"], [2], [100], [b"2"]).gone == [b"a"]
+    assert store.observe([b"b"], [3], [100], [b"3"]).gone == []
+    assert store.sweep(1000.0) == [b"a"], "for a caller who does not look at gone"
+    # The tombstone may have been lost with the process that was to send it.
+    assert store.observe([b"a", b"a"], [1, 2], [1, 100], [b"1", b"2"]).gone == [b"a"]
+    assert store.observe([b"a"], [4], [100], [b"4"]).released == [(0, [b"2"])]
+    assert len(store) == 0, "a row only once it is updated"
+
+
+def test_given_an_event_that_itself_moves_time_past_its_row_then_the_row_starts_over(open_store: Opener) -> None:
+    store = open_store(None, admission_threshold=2, ttl_ms=10)
+    occur(store, b"a", 0, ms=1)
+    occur(store, b"a", 1, ms=1)
+    assert store.observe([b"a"], [2], [10], [b"2"]).admitted.tolist() == [True]
+    assert store.observe([b"a"], [2], [11], [b"2"]).gone == [b"a"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ MODES: dict[str, dict[str, Any]] = {
     "on disk, all in memory": {"memory_rows": 10_000},
     "on disk, few in memory": {"memory_rows": 16},
     "on disk, one in memory": {"memory_rows": 1},
+    "on disk, without cold copies": {"memory_rows": 16, "cold_rows": 0},
     "on disk, with cold copies": {"memory_rows": 16, "cold_rows": 10_000},
     "on disk, with few cold copies": {"memory_rows": 16, "cold_rows": 50},
     "with optimizer state": {"state_width": 3, "memory_rows": 16},
@@ -226,6 +229,7 @@ def test_given_wrong_arguments_then_they_are_refused_by_name(store: EmbeddingSto
     store.close()
     with pytest.raises(StoreError, match="closed"):
         store.lookup([b"a"])
+    assert store.stats.rows == len(store) == 1
 
 
 def test_given_empty_batches_then_nothing_happens(store: EmbeddingStore) -> None:
@@ -236,3 +240,42 @@ def test_given_empty_batches_then_nothing_happens(store: EmbeddingStore) -> None
         assert slots.shape == (0,)
     assert list(store.scan()) == []
     assert len(store) == 0
+
+
+def test_given_no_cold_rows_option_then_copies_come_as_rows_leave_and_are_bounded(tmp_path: Path) -> None:
+    with EmbeddingStore.open(tmp_path / "table", StoreOptions(width=WIDTH, memory_rows=16)) as store:
+        assert (store.stats.cold_rows, store.stats.cold_bytes) == (0, 0)
+        keys = PackedKeys.from_int64(np.arange(1000))
+        for start in range(0, 1000, 100):
+            part = keys.take(np.arange(start, start + 100))
+            store.upsert(part, np.full((100, WIDTH), start), event_ms=1)
+        assert store.stats.memory_rows <= 16
+        assert 100 <= store.stats.cold_rows <= 160
+        assert store.stats.cold_bytes < 1 << 20
+        assert (store.lookup(keys).vectors[:, 0] == np.arange(1000) // 100 * 100).all()
+        reads = store.stats.disk_reads
+        store.lookup(keys.take(np.arange(984, 1000)))
+        assert store.stats.disk_reads == reads, "just read, so in memory or copied"
+
+
+FULL = """
+import resource, signal, sys
+import numpy as np
+from stream.store import EmbeddingStore, PackedKeys, StoreOptions
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (600 << 10, 600 << 10))
+keys = PackedKeys.from_int64(np.arange(5000))
+with EmbeddingStore.open(sys.argv[1], StoreOptions(width=4, memory_rows=1000)) as store:
+    store.upsert(keys, np.arange(20_000).reshape(5000, 4), event_ms=1)
+    store.upsert([b"long" * 200], np.ones((1, 4)), event_ms=1)
+    assert (store.lookup(keys).vectors[:, 0] == np.arange(0, 20_000, 4)).all()
+    print(store.stats.cold_rows, store.stats.cold_bytes)
+"""
+
+
+def test_given_no_room_for_copies_then_the_table_goes_on_without(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL, str(tmp_path / "table")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    copies, taken = map(int, done.stdout.split())
+    assert copies == 0
+    assert taken < 600 << 10

@@ -111,6 +111,12 @@ def test_given_expired_rows_in_memory_and_on_disk_when_swept_then_all_become_tom
     assert set(ended) == set(names[:200])
     assert len(ended) == 200
     assert len(store) == 100
+    if memory_rows == 3:
+        assert store.stats.memory_rows <= 3, "what is swept on disk does not come into memory"
+        store.close()
+        store = open_store(memory_rows=memory_rows, ttl_ms=1000)
+        assert len(store) == 100, "what the sweep ended on disk stays ended, and owed"
+        store.advance_watermark(1200)
     assert tombstones(store) == set(names[:200])
     assert not tombstones(store)
     store.close()
@@ -219,3 +225,133 @@ def test_given_a_wrong_option_then_it_is_refused_with_name_and_what_would_do(
 ) -> None:
     with pytest.raises(StoreError, match=rf"store\.{name}: .* is not possible; accepted: "):
         StoreOptions(**options)  # type: ignore[arg-type]
+
+
+def newest(store: EmbeddingStore, names: list[bytes]) -> set[bytes]:
+    return {name for name, found in zip(names, store.lookup(names).found, strict=True) if found}
+
+
+@pytest.mark.parametrize("memory_rows", [50, 60, 400, None])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_given_a_floor_and_rows_on_disk_then_it_counts_all_of_them(
+    open_store: Opener, memory_rows: int | None, seed: int
+) -> None:
+    """Rows are updated, evicted by reads, and expire, over and over; a dict says who the newest are."""
+    rng = np.random.default_rng(seed)
+    name = None if memory_rows is None else "table"
+    options = {"memory_rows": memory_rows, "ttl_ms": 80, "min_rows": 50}
+    store = open_store(name, **options)
+    names = [f"key {i}".encode() for i in range(600)]
+    times: dict[bytes, int] = {}
+    ms, horizon, held_back = 0, -1, 0
+    for round_ in range(60):
+        chosen = rng.permutation(600)[: int(rng.integers(1, 110))]
+        batch = [names[i] for i in chosen]
+        when = ms + 1 + np.arange(len(batch))
+        store.upsert(batch, np.ones((len(batch), 4)), event_ms=when)
+        times |= dict(zip(batch, when.tolist(), strict=True))
+        ms = int(when[-1]) + int(rng.integers(0, 30))
+        if round_ % 3 == 0:
+            store.flush()
+        store.advance_watermark(ms)
+        top = sorted(times.values(), reverse=True)
+        if len(top) > 50:
+            horizon = max(horizon, min(ms - 80, top[49] - 1))
+            held_back += top[49] - 1 < ms - 80
+        times = {key: last for key, last in times.items() if last > horizon}
+        assert newest(store, names) == set(times)
+        if round_ % 4 == 0:
+            store.sweep(10_000.0)
+        if memory_rows is not None:
+            assert store.stats.memory_rows <= memory_rows + len(names)
+            if round_ % 10 == 9:
+                store.flush()
+                store.close()
+                store = open_store(name, **options)
+                store.sweep(10_000.0)
+    assert 5 < held_back < 55, "both the floor and the time to live decide at times"
+    store.advance_watermark(10**6)
+    assert newest(store, names) == set(sorted(times, key=lambda key: times[key])[-50:])
+
+
+def test_given_the_floor_when_the_newest_are_deleted_then_older_rows_on_disk_take_their_places(
+    open_store: Opener,
+) -> None:
+    store = open_store(memory_rows=20, ttl_ms=100, min_rows=10, cold_rows=0)
+    names = [f"{i}".encode() for i in range(300)]
+    for i, key in enumerate(names):
+        store.upsert([key], ONE, event_ms=1000 + i)
+        if i % 50 == 0:
+            store.flush()
+    store.flush()
+    store.delete(names[200:])
+    store.flush()
+
+    store.advance_watermark(10_000)
+    assert set(names[190:200]) <= newest(store, names), "at least so many, while it is not known who they are"
+    store.sweep(10_000.0)
+
+    assert newest(store, names) == set(names[190:200])
+    assert len(store) == 10
+
+
+def test_given_a_restored_table_then_the_floor_counts_its_rows(open_store: Opener) -> None:
+    source = open_store("source", memory_rows=500)
+    names = [f"{i}".encode() for i in range(200)]
+    source.upsert(names, np.ones((200, 4)), event_ms=np.arange(200) + 1)
+    checkpoint = source.checkpoint()
+    records = [pair for keys, rows in checkpoint.slices(50) for pair in zip(keys, rows, strict=True)]
+    checkpoint.commit()
+    store = open_store("restored", memory_rows=20, ttl_ms=50, min_rows=10)
+    store.restore([key for key, _ in records], [row for _, row in records])
+
+    store.advance_watermark(100_000)
+    assert newest(store, names) >= set(names[190:])
+    store.sweep(10_000.0)
+    assert newest(store, names) == set(names[190:])
+
+
+def test_given_a_swept_row_on_disk_when_its_key_returns_then_it_starts_from_zero_and_expires_again(
+    open_store: Opener,
+) -> None:
+    store = open_store(memory_rows=1, ttl_ms=10)
+    names = [f"{i}".encode() for i in range(20)]
+    store.upsert(names, np.full((20, 4), 7.0), event_ms=1, offsets=np.arange(20))
+    store.flush()
+    store.lookup(names)
+    store.advance_watermark(100)
+    assert set(store.sweep(1000.0)) == set(names)
+
+    with store.update(names) as slots:
+        assert not store.vectors[slots].any()
+        assert not store.events_seen[slots].any()
+        assert store.applied_offset[slots].tolist() == list(range(20))
+        store.last_event_ms[slots] = 101
+    store.flush()
+    assert len(store) == 20
+    store.advance_watermark(200)
+    assert set(store.sweep(1000.0)) == set(names)
+    assert tombstones(store) == set(names)
+
+
+def test_given_a_failed_update_of_an_expired_row_then_the_next_sweep_tells_its_end(open_store: Opener) -> None:
+    store = open_store(memory_rows=5, ttl_ms=10)
+    store.upsert([b"a", b"b"], np.ones((2, 4)), event_ms=[1, 95])
+    store.advance_watermark(100)
+    with pytest.raises(KeyError), store.update([b"a", b"b", b"new"]):
+        raise KeyError("model")
+    assert store.sweep(1000.0) == [b"a"]
+    assert tombstones(store) == {b"a"}
+    assert len(store) == 1
+
+
+def test_given_a_checkpoint_over_an_expired_row_then_it_is_still_the_sweep_that_ends_and_tells_it(
+    open_store: Opener,
+) -> None:
+    store = open_store(memory_rows=1, ttl_ms=10)
+    names = [b"a", b"b", b"c"]
+    store.upsert(names, np.ones((3, 4)), event_ms=1)
+    store.advance_watermark(100)
+    assert tombstones(store) == set()
+    assert set(store.sweep(1000.0)) == set(names)
+    assert tombstones(store) == set(names)

@@ -36,8 +36,17 @@ def whole_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for start in range(0, ROWS, 10_000):
             store.upsert(KEYS.take(np.arange(start, start + 10_000)), np.ones((10_000, 64)), event_ms=1)
             store.flush()
+        # Once nothing is being compacted, every file there is one of the table's.
+        while {path.name for path in (root / "live").glob("*.sst")} != live_files(store):
+            pass
         shutil.copytree(root / "live", root / "table")
     return root / "table"
+
+
+def live_files(store: EmbeddingStore) -> set[str]:
+    disk = store._core.disk
+    assert disk is not None
+    return {Path(file["name"]).name for file in disk._db.live_files()}
 
 
 @pytest.fixture

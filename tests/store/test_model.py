@@ -78,7 +78,7 @@ class StoreMachine(RuleBasedStateMachine):
         ttl=st.sampled_from([None, 3_000, 20_000]),
         max_rows=st.sampled_from([None, 2, 5]),
         min_rows=st.sampled_from([0, 0, 2]),
-        cold_rows=st.sampled_from([0, 0, 2, 100]),
+        cold_rows=st.sampled_from([None, 0, 2, 100]),
         one_hash=st.booleans(),
     )
     def open(
@@ -87,13 +87,14 @@ class StoreMachine(RuleBasedStateMachine):
         ttl: int | None,
         max_rows: int | None,
         min_rows: int,
-        cold_rows: int,
+        cold_rows: int | None,
         one_hash: bool,
     ) -> None:
         self.path = None if memory_rows is None else self.root / "table"
-        if self.path is not None:
-            # With rows on disk the floor is kept but not exact; exactness is what a model can compare.
-            min_rows = 0
+        if memory_rows is not None:
+            min_rows = min(min_rows, memory_rows)
+        if max_rows is not None:
+            min_rows = min(min_rows, max_rows)
         self.options = StoreOptions(
             width=WIDTH,
             memory_rows=memory_rows,
@@ -191,6 +192,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = EmbeddingStore.open(self.path, self.options, hasher=self.hasher)
         self.store.take_capped()
         assert self.store.watermark_ms == max(self.model.watermark, -(2**62))
+        if self.options.min_rows:
+            # The floor is exact once the sweep has read the disk.
+            self.sweep()
 
     @rule()
     def snapshot_and_load(self) -> None:

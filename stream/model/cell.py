@@ -1,9 +1,9 @@
 """The recurrent cell: a gated recurrent unit stepped over waves of clients.
 
 Guaranteed: a row's new state is the same, bit for bit, whatever other rows are in the batch. A matrix product's
-result for one row depends on the number of rows only when there are few (measured with MKL: below 16), and
-vectorised functions may round differently in an array's tail, so every product and function runs on a multiple
-of `tile` rows. `self_check` proves it on the machine at hand.
+result for one row depends on the number of rows only when there are few (measured with MKL: below 16), so every
+product runs on a multiple of `tile` rows; `self_check` proves it on the machine at hand. The gates are computed row
+by row (`stream.model.gates`).
 
 Method: K. Cho et al., Learning Phrase Representations using RNN Encoder-Decoder, 2014, in the form of
 torch.nn.GRU (reset gate after the recurrent product).
@@ -11,16 +11,21 @@ torch.nn.GRU (reset gate after the recurrent product).
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from stream.errors import ParametersError
+from stream.model.gates import advance_states
 from stream.model.parameters import ParameterSet
 
 __all__ = ["Cell"]
 
 _TILES = (16, 32, 64)
+#: Rows whose products stay in a core's cache until their gates are computed; a multiple of every tile.
+_CHUNK_ROWS = 256
 
 
 class Cell:
@@ -53,6 +58,8 @@ class Cell:
         self._input_bias = tensors["bias_ih"]
         self._bias = tensors["bias_hh"]
         self._scratch = torch.empty((0, 3 * hidden))
+        self._powers = np.empty(3 * hidden, np.float32)
+        self._parts = np.empty(2 * hidden, np.float32)
 
     def padded(self, rows: int) -> int:
         """Rows that hold `rows` of them and a whole tile past the last, itself a multiple of the tile."""
@@ -69,25 +76,25 @@ class Cell:
         out: (`padded(events)`, H) receives the state after each event.
         """
         with torch.inference_mode():
-            gates_in = torch.addmm(self._input_bias, inputs, self._input_weight)
-            state = first
-            for wave in range(len(starts) - 1):
-                begin, end = int(starts[wave]), int(starts[wave + 1])
-                rows = end - begin
-                tiled = -(-rows // self.tile) * self.tile
-                new = self._step(gates_in[begin : begin + tiled], state[:tiled])
-                out[begin:end] = new[:rows]
+            from_input = torch.addmm(self._input_bias, inputs, self._input_weight).numpy()
+            edges = starts.tolist()
+            widest = self.padded(min(_CHUNK_ROWS, max((b - a for a, b in itertools.pairwise(edges)), default=0)))
+            if self._scratch.shape[0] < widest:
+                self._scratch = torch.empty((widest, 3 * self.hidden))
+            from_state, bits = self._scratch.numpy(), self._powers.view(np.int32)
+            states, state, before = out.numpy(), first, first.numpy()
+            for begin, end in itertools.pairwise(edges):
+                for at in range(0, end - begin, _CHUNK_ROWS):
+                    rows = min(_CHUNK_ROWS, end - begin - at)
+                    tiled = -(-rows // self.tile) * self.tile
+                    torch.addmm(self._bias, state[at : at + tiled], self._weight, out=self._scratch[:tiled])
+                    here = slice(begin + at, begin + at + rows)
+                    advance_states(
+                        from_input[here], from_state, before[at : at + rows], self.hidden,
+                        self._powers, bits, self._parts, states[here],
+                    )  # fmt: skip
                 # The next wave's clients are this wave's first ones, so its input starts at this wave's output.
-                state = out[begin:]
-
-    def _step(self, gates_in: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        rows, width = state.shape[0], self.hidden
-        if self._scratch.shape[0] < rows:
-            self._scratch = torch.empty((2 * rows, 3 * width))
-        hidden = torch.addmm(self._bias, state, self._weight, out=self._scratch[:rows])
-        gates = torch.add(hidden[:, : 2 * width], gates_in[:, : 2 * width]).sigmoid_()
-        candidate = torch.addcmul(gates_in[:, 2 * width :], hidden[:, 2 * width :], gates[:, :width]).tanh_()
-        return torch.lerp(candidate, state, gates[:, width:])
+                state, before = out[begin:], states[begin:]
 
     def self_check(self, generator: np.random.Generator) -> int:
         """Prove on this machine that a row's result does not depend on its neighbours; returns the tile used.

@@ -215,6 +215,17 @@ def test_the_cell_is_a_gated_recurrent_unit() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_a_wave_wider_than_the_cache_is_the_same_as_narrow_ones() -> None:
+    import torch
+
+    rng = np.random.default_rng(0)
+    inputs = torch.from_numpy(rng.normal(size=(1000, LAYOUT.inputs)).astype(np.float32))
+    state = torch.from_numpy(rng.uniform(-1, 1, (1000, LAYOUT.hidden)).astype(np.float32))
+    wide = ENGINE.cell._one_wave(inputs, state)
+    narrow = [ENGINE.cell._one_wave(inputs[at : at + 90], state[at : at + 90]) for at in range(0, 1000, 90)]
+    assert torch.equal(torch.cat(narrow), wide)
+
+
 @pytest.mark.parametrize("hidden", [8, 24, 64, 100, 256])
 def test_the_self_check_finds_a_tile(hidden: int) -> None:
     configured = small_settings(MODEL__HIDDEN=str(hidden))

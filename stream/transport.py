@@ -1,8 +1,8 @@
 """A Faust transport that hands agents partition batches.
 
 Faust's stock consumer turns every record into a message and four tasks; here one message carries all records
-that one fetch returned for a partition, as a `FetchedBlock`. Group membership, rebalancing and the consumer's
-thread stay Faust's.
+that one fetch returned for a partition, as a `FetchedBlock`, read from the bytes of the response straight into arrays.
+Group membership, rebalancing and the consumer's thread stay Faust's; fetching and positions stay aiokafka's.
 
 Guaranteed: the blocks of a partition are handed over in order, and each says where the one before it ended
 (`FetchedBlock.start`), so a block that was dropped on the way (Faust drops what was fetched before a rebalance)
@@ -13,20 +13,30 @@ acknowledgements count messages, which here are batches.
 from __future__ import annotations
 
 import asyncio
-import time
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, ClassVar
 
 import faust
+from aiokafka.consumer.fetcher import READ_COMMITTED, Fetcher, FetchError
 from aiokafka.errors import ConsumerStoppedError, IllegalStateError
+from aiokafka.record.memory_records import MemoryRecords
 from faust.transport.consumer import RecordMap
 from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread, Consumer, Transport
 from faust.types import TP, ConsumerMessage
 
+from stream.errors import BrokerError
 from stream.wire import RecordBlock
+from stream.wire.record_reader import RecordReader, load_kernels
 
-__all__ = ["BlockConsumer", "BlockSchema", "BlockTransport", "FetchedBlock"]
+__all__ = ["EVENTS_ISOLATION", "BlockConsumer", "BlockFetcher", "BlockSchema", "BlockTransport", "FetchedBlock"]
+
+#: Events of transactions that were aborted never happened.
+EVENTS_ISOLATION = "read_committed"
+#: Of a block, where Faust is given no number: what `worker.batch_records` may be at most.
+_MOST_RECORDS = 65_536
 
 
 @dataclass(frozen=True)
@@ -60,8 +70,168 @@ class BlockSchema(faust.Schema):
         return decode
 
 
+class _FetchedBytes(MemoryRecords):
+    """The record set of a fetch response as aiokafka keeps it, and its bytes."""
+
+    def __init__(self, data: bytes | None) -> None:
+        super().__init__(data or b"")
+        self.data = data or b""
+
+
+class _FetchedRecords:
+    """What aiokafka keeps of a fetch until it is consumed, in place of its own `PartitionRecords`."""
+
+    def __init__(
+        self,
+        tp: Any,
+        records: _FetchedBytes,
+        aborted_transactions: Iterable[tuple[int, int]] | None,
+        fetch_offset: int,
+        _key_deserializer: Any,
+        _value_deserializer: Any,
+        check_crcs: bool,
+        isolation_level: int,
+    ) -> None:
+        self.reader = RecordReader(
+            records.data,
+            fetch_offset,
+            check_crcs=check_crcs,
+            aborted=(aborted_transactions or ()) if isolation_level == READ_COMMITTED else None,
+            name=f"partition {tp.partition} of {tp.topic}",
+        )
+
+    @property
+    def next_fetch_offset(self) -> int:
+        return self.reader.position
+
+
+class BlockFetcher(Fetcher):
+    """aiokafka's fetcher, which parses what it fetched into blocks when they are asked for.
+
+    Positions move with the blocks given out; a seek falls between two blocks, never into one, from any thread.
+    """
+
+    #: aiokafka's own code, with other classes for what it makes of a response: the bytes are not kept otherwise.
+    _proc_fetch_request: ClassVar[Any] = FunctionType(
+        Fetcher._proc_fetch_request.__code__,
+        {
+            **Fetcher._proc_fetch_request.__globals__,
+            "MemoryRecords": _FetchedBytes,
+            "PartitionRecords": _FetchedRecords,
+        },
+    )
+
+    _ends: dict[TP, int]
+    _moving: threading.Lock
+
+    @classmethod
+    def take_over(cls, consumer: Any) -> BlockFetcher:
+        """Make the fetcher of a started consumer that has fetched nothing yet one of this class."""
+        fetcher: BlockFetcher = consumer._fetcher
+        # The consumer makes its fetcher itself, and starts it at once.
+        fetcher.__class__ = cls
+        fetcher._ends = {}
+        fetcher._moving = threading.Lock()
+        return fetcher
+
+    def seek_to(self, tp: Any, offset: int) -> None:
+        """Read on from `offset`."""
+        with self._moving:
+            super().seek_to(tp, offset)
+            self._ends[tp] = offset
+
+    async def fetched_blocks(
+        self, partitions: set[TP] | None, timeout: float, max_records: int
+    ) -> dict[TP, FetchedBlock]:
+        """The next block of each partition that has records, each of at most `max_records`; waits for the first.
+
+        Parameters
+        ----------
+        partitions: others keep what was fetched for later; None or none: all.
+        timeout: seconds.
+
+        Raises
+        ------
+        BrokerError: a record batch is damaged; the next call reads it again.
+        KafkaError: what aiokafka's fetcher met.
+        """
+        deadline = self._loop.time() + timeout
+        while True:
+            if self._subscriptions.reassignment_in_progress:
+                await self._subscriptions.wait_for_assignment()
+            found = self._take_blocks(partitions, max_records)
+            left = deadline - self._loop.time()
+            if found or left <= 0 or self._closed:
+                return found
+            waiter = self._create_fetch_waiter()
+            await asyncio.wait([waiter], timeout=left)
+            if waiter.done():
+                # The coordinator reports its errors here.
+                waiter.result()
+            else:
+                waiter.cancel()
+
+    def _take_blocks(self, partitions: set[TP] | None, max_records: int) -> dict[TP, FetchedBlock]:
+        found: dict[TP, FetchedBlock] = {}
+        for tp in list(self._records):
+            if partitions and tp not in partitions:
+                if not self._subscriptions.is_assigned(tp):
+                    self._records.pop(tp, None)
+                continue
+            with self._moving:
+                # A seek may have dropped it since.
+                result = self._records.get(tp)
+                if result is None:
+                    continue
+                if isinstance(result, FetchError):
+                    if found:
+                        # Raised in the next call; what is in hand is not lost by it.
+                        break
+                    self._drop(tp)
+                    result.check_raise()
+                try:
+                    block = self._next_block(tp, result, max_records)
+                except BrokerError:
+                    if found:
+                        break
+                    self._drop(tp)
+                    raise
+                if not result.has_more():
+                    self._drop(tp)
+            if block is not None:
+                found[tp] = block
+        return found
+
+    def _next_block(self, tp: TP, result: Any, max_records: int) -> FetchedBlock | None:
+        if not result.check_assignment(tp):
+            return None
+        reader: RecordReader = result._partition_records.reader
+        start = self._ends.get(tp, reader.position)
+        records = reader.take(max_records)
+        result._update_position()
+        if reader.done:
+            result._partition_records = None
+        if records is None:
+            return None
+        block = FetchedBlock(tp.partition, start, records)
+        self._ends[tp] = block.end
+        return block
+
+    def _drop(self, tp: TP) -> None:
+        """What was fetched is used up: the partition may be fetched again."""
+        self._records.pop(tp, None)
+        self._notify(self._wait_consume_future)
+
+
 class _BlockThread(AIOKafkaConsumerThread):
-    """The consumer's thread, without a Python object for each record beyond the one that aiokafka parses."""
+    """The consumer's thread, which gives out blocks."""
+
+    async def on_start(self) -> None:
+        # Compiled or loaded here, before the group counts on this thread's heartbeats.
+        load_kernels()
+        await super().on_start()
+        # Faust asks for it only where it commits in transactions itself.
+        BlockFetcher.take_over(self._consumer)._isolation_level = READ_COMMITTED
 
     async def _fetch_records(
         self,
@@ -72,26 +242,11 @@ class _BlockThread(AIOKafkaConsumerThread):
     ) -> RecordMap:
         if not self.consumer.flow_active:
             return {}
-        fetcher = consumer._fetcher
+        fetcher: BlockFetcher = consumer._fetcher
         if consumer._closed or fetcher._closed:
             raise ConsumerStoppedError()
-        deadline = time.monotonic() + (timeout or 0.0)
         with fetcher._subscriptions.fetch_context():
-            while True:
-                for result in fetcher._records.values():
-                    records = getattr(result, "_partition_records", None)
-                    if records is not None:
-                        # Named tuples of eleven fields, made here by default, cost more than parsing the record.
-                        records._consumer_record = _as_parsed
-                found: RecordMap = await fetcher.fetched_records(active_partitions, timeout=0, max_records=max_records)
-                left = deadline - time.monotonic()
-                if found or left <= 0 or fetcher._closed:
-                    return found
-                await asyncio.wait([fetcher._create_fetch_waiter()], timeout=left)
-
-
-def _as_parsed(tp: Any, record: Any) -> Any:
-    return record
+            return await fetcher.fetched_blocks(active_partitions, timeout or 0.0, max_records or _MOST_RECORDS)
 
 
 class BlockConsumer(Consumer):
@@ -102,10 +257,6 @@ class BlockConsumer(Consumer):
     """
 
     start_positions: Callable[[Iterable[TP]], Mapping[TP, int]] | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._next: dict[TP, int] = {}
 
     def _new_consumer_thread(self) -> AIOKafkaConsumerThread:
         return _BlockThread(self, loop=self.loop, beacon=self.beacon)
@@ -120,13 +271,11 @@ class BlockConsumer(Consumer):
             # Fetched while a rebalance began: whoever owns the partitions next reads them again.
             await self.perform_seek()
             return
-        for tp, batch in records.items():
+        for tp, block in records.items():
             if not self.flow_active or self.app.consumer_generation_id != generation:
                 return
-            if not batch or (active is not None and tp not in active and tp not in self._buffered_partitions):
+            if active is not None and tp not in active and tp not in self._buffered_partitions:
                 continue
-            block = FetchedBlock(tp.partition, self._next.get(tp, batch[0].offset), _block(batch))
-            self._next[tp] = block.end
             yield tp, self._message(tp, block, generation)
 
     def _message(self, tp: TP, block: FetchedBlock, generation: int) -> Any:
@@ -151,7 +300,6 @@ class BlockConsumer(Consumer):
             self._thread.seek(tp, position)
         except IllegalStateError:
             return
-        self._next[tp] = position
         self._read_offset[tp] = position or None
 
     async def commit_positions(self, positions: Mapping[TP, int]) -> bool:
@@ -176,14 +324,3 @@ class BlockTransport(Transport):
     """Faust transport whose consumer is a `BlockConsumer`."""
 
     Consumer: ClassVar[type[Consumer]] = BlockConsumer
-
-
-def _block(batch: list[Any]) -> RecordBlock:
-    headers = [record.headers for record in batch]
-    return RecordBlock.from_lists(
-        [record.key for record in batch],
-        [record.value for record in batch],
-        [record.offset for record in batch],
-        [record.timestamp for record in batch],
-        headers if any(headers) else None,
-    )

@@ -97,6 +97,20 @@ class RecordBlock:
     def __len__(self) -> int:
         return len(self.offsets)
 
+    def first(self, n: int) -> RecordBlock:
+        """The first n records."""
+        return RecordBlock(
+            key_bytes=self.key_bytes,
+            key_offsets=self.key_offsets[: n + 1],
+            key_is_null=self.key_is_null[:n],
+            value_bytes=self.value_bytes,
+            value_offsets=self.value_offsets[: n + 1],
+            value_is_null=self.value_is_null[:n],
+            offsets=self.offsets[:n],
+            timestamps_ms=self.timestamps_ms[:n],
+            headers=self.headers[:n] if self.headers is not None else None,
+        )
+
     def key(self, index: int) -> bytes | None:
         """The key of one record, as received."""
         if self.key_is_null[index]:

@@ -239,6 +239,9 @@ class Checkpoint:
             out_keys.append(keys[i])
             encoded.append(value)
         self._count(encoded)
+        # This batch ends what all of them owe, also of those that another piece gave out: one that is spilled
+        # after that owes again, and settling this piece must know.
+        piece.keys += [keys[i] for i in np.flatnonzero(slots >= 0).tolist()]
         # A slot whose pending bit is set was given out already; the others join this checkpoint now.
         held = slots[slots >= 0]
         held = held[~table.test_bits(table.pending, held)]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -69,6 +69,8 @@ async def run_checkpoint(
     *,
     trunk: str,
     layout: str,
+    ended: Sequence[bytes] = (),
+    publish_ended: Callable[[list[bytes]], None],
     flush_outputs: Callable[[], None],
     commit_position: Callable[[int], Awaitable[bool]],
     executor: Executor,
@@ -78,6 +80,8 @@ async def run_checkpoint(
 
     Parameters
     ----------
+    ended: clients beyond the store's own tombstones whose rows end with this checkpoint.
+    publish_ended: deletes the embeddings of clients whose rows end; the checkpoint itself ends rows it finds expired.
     flush_outputs: blocks until embeddings and dead letters produced so far are confirmed; runs on `executor`.
     commit_position: commits the next input offset to the group.
     timeout_s: how long the changelog's commit may take.
@@ -95,9 +99,16 @@ async def run_checkpoint(
     rows = 0
     try:
         writer.begin()
+        for start in range(0, len(ended), _SLICE_ROWS):
+            chunk = ended[start : start + _SLICE_ROWS]
+            writer.write(chunk, [None] * len(chunk))
+            await asyncio.sleep(0)
         slice_began = time.perf_counter()
         for keys, encoded in pending.slices(_SLICE_ROWS):
             writer.write(keys, encoded)
+            gone = [key for key, row in zip(keys, encoded, strict=True) if row is None]
+            if gone:
+                publish_ended(gone)
             rows += len(keys)
             if time.perf_counter() - slice_began > _SLICE_SECONDS:
                 await asyncio.sleep(0)

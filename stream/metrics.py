@@ -59,6 +59,12 @@ class WorkerMetrics:
             registry=r,
         )
         self.expired = Counter("livestate_rows_ended", "Rows ended by age or by store.max_rows.", registry=r)
+        self.held_dropped = Gauge(
+            "livestate_held_events_dropped",
+            "Events of clients without a row that store.held_bytes left no room for.",
+            ["partition"],
+            registry=r,
+        )
         self.partitions = Gauge("livestate_partitions_assigned", "Partitions this worker serves.", registry=r)
         self.checkpoints = Counter("livestate_checkpoints", "Checkpoints completed.", registry=r)
         self.checkpoint_failures = Counter("livestate_checkpoint_failures", "Checkpoints given up.", registry=r)
@@ -69,6 +75,12 @@ class WorkerMetrics:
         self.restored_rows = Counter("livestate_restored_rows", "Rows read back from the changelog.", registry=r)
         self.restore_seconds = Histogram(
             "livestate_restore_seconds", "Time to restore a partition.", registry=r, buckets=_SECONDS
+        )
+        self.rebuilt = Counter(
+            "livestate_rebuilt_events", "Events applied to rows that are rebuilt under another trunk.", registry=r
+        )
+        self.rebuilding = Gauge(
+            "livestate_partitions_rebuilding", "Partitions whose rows wait for another trunk.", registry=r
         )
         self.rebalances = Counter("livestate_rebalances", "Times partitions were assigned.", registry=r)
         self.version = Gauge("livestate_parameter_version", "Version of the parameters in use.", registry=r)
@@ -132,6 +144,11 @@ class TrainerMetrics:
             "livestate_prequential_auc", "AUC of predictions before learning.", ["task"], registry=r
         )
         self.version = Gauge("livestate_parameter_version", "Last version published.", registry=r)
+        self.taking_over = Gauge(
+            "livestate_trainer_taking_over",
+            "1 while this trainer learns beside another one, to take over from it.",
+            registry=r,
+        )
         self.versions_published = Counter(
             "livestate_parameter_versions_published",
             "Versions committed to the parameters topic.",

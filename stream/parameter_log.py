@@ -151,6 +151,11 @@ class ParameterReader(threading.Thread):
         """Versions that were not complete when their marker came."""
         return self._assembler.torn
 
+    @property
+    def has_caught_up(self) -> bool:
+        """Whether everything that was in the topic at the start has been read."""
+        return self._caught_up.is_set()
+
     def wait_until_caught_up(self, timeout_s: float) -> bool:
         """True once everything that was in the topic at the start has been read."""
         return self._caught_up.wait(timeout_s)

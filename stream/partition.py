@@ -1,25 +1,29 @@
 """One partition of a serving worker: its rows, how far its input was applied, and what it has to publish.
 
-Guaranteed: rows and position move together; a block that does not follow the last one is not applied, so no
-event is passed over. Rows that were ahead of the position (after a crash) skip the events they have, and the
-embeddings of their clients are published again, so readers of the embeddings topic miss nothing. A row expires
-at the event at which it would expire if events came one at a time, wherever the batches are cut.
+Guaranteed: rows and position move together; a block that does not follow the last one is not applied, so no event is
+passed over. Rows that were ahead of the position (after a crash) skip the events they have, and the embeddings of their
+clients are published again, so readers of the embeddings topic have every client as it is. A row expires at the event
+at which it would expire if events came one at a time, wherever the batches are cut. Not guaranteed: a prediction made
+between a client's first and last event of a block, where a crash comes before the broker has confirmed it and after
+the row was written to disk for want of memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stream.frequency import FrequencyFilter
 from stream.model.engine import Advanced, Engine
 from stream.model.heads import LogisticHead, Questions
 from stream.model.kernels import expiry_parts
-from stream.store import EmbeddingStore
+from stream.store import EmbeddingStore, Lookup, PackedKeys
 from stream.transport import FetchedBlock
-from stream.wire import EmbeddingEncoder, EventColumns, EventDecoder, Rejected
+from stream.wire import EmbeddingEncoder, EventColumns, EventDecoder, PackedValues, RecordBlock, Rejected
 
 __all__ = ["Applied", "Partition", "Served"]
 
@@ -33,17 +37,52 @@ class Served:
     heads: dict[str, LogisticHead]
     version: int
 
+    def vectors(self, rows: NDArray[np.float32], now_ms: NDArray[np.int64]) -> NDArray[np.float32]:
+        """What `model.vector` says that rows, (n, width), are published as at times (n,)."""
+        layout = self.engine.layout
+        hidden = rows[:, : layout.hidden]
+        if layout.settings.model.vector != "features":
+            return hidden
+        return self.questions.readout.features(hidden, rows[:, layout.hidden :], now_ms)
+
 
 @dataclass(frozen=True)
 class Applied:
-    """What one block led to: embedding records to publish, records to dead-letter, and counts."""
+    """What one block led to: embeddings to publish and to delete, records to dead-letter, and counts."""
 
-    keys: list[bytes]
-    embeddings: list[bytes]
-    rejected: list[Rejected]
+    #: In order: clients and their embedding records, or clients whose embeddings are to be deleted.
+    embeddings: list[tuple[PackedKeys, PackedValues | None]]
+    rejected: list[tuple[RecordBlock, list[Rejected]]]
     events: int
     replayed: int
     waves: int
+
+
+class _Done:
+    """What the parts of one block came to so far."""
+
+    def __init__(self, silently: bool) -> None:
+        self.silently = silently
+        self.given = self.events = self.waves = 0
+        self._embeddings: list[tuple[PackedKeys, PackedValues | None]] = []
+        self._keys: list[PackedKeys] = []
+        self._values: list[PackedValues] = []
+
+    def publish(self, keys: PackedKeys, values: PackedValues) -> None:
+        if len(keys):
+            self._keys.append(keys)
+            self._values.append(values)
+
+    def end(self, clients: list[bytes]) -> None:
+        """Delete embeddings, after those that were published so far."""
+        if clients and not self.silently:
+            self.embeddings().append((PackedKeys.from_list(clients), None))
+
+    def embeddings(self) -> list[tuple[PackedKeys, PackedValues | None]]:
+        if self._keys:
+            self._embeddings.append((PackedKeys.concatenate(self._keys), PackedValues.concatenate(self._values)))
+            self._keys, self._values = [], []
+        return self._embeddings
 
 
 class Partition:
@@ -70,32 +109,73 @@ class Partition:
         self.position = position
         self._decoder = decoder
         self._encoder = encoder
+        self._filter = FrequencyFilter(store, decoder) if store.options.admission_threshold > 1 else None
 
     def follows(self, block: FetchedBlock) -> bool:
         """Whether the block begins where the last one ended."""
         return block.start == self.position
 
-    def apply(self, block: FetchedBlock, served: Served) -> Applied:
-        """Advance the rows by a block that follows the last one."""
+    def apply(self, block: FetchedBlock, served: Served, *, silently: bool = False) -> Applied:
+        """Advance the rows by a block that follows the last one.
+
+        silently: make no embeddings, for rows that are not served yet.
+        """
         columns = self._decoder.decode(block.records)
-        accepted = np.flatnonzero(columns.accepted)
-        keys: list[bytes] = []
-        embeddings: list[bytes] = []
-        events = waves = 0
-        if len(accepted):
-            slots = np.full(columns.n, -1, np.int64)
-            with self.store.update(columns.keys.take(accepted)) as found:
-                slots[accepted] = found
-                for part in self._parts(columns, slots, accepted):
-                    advanced = served.engine.advance(columns, part, self.store)
-                    published = self._publish(columns, part, advanced, served)
-                    keys += published[0]
-                    embeddings += published[1]
-                    events += advanced.events
-                    waves += advanced.waves
-            self.store.advance_watermark(int(columns.timestamp_ms[accepted].max()))
+        done = _Done(silently)
+        held_back: list[tuple[RecordBlock, list[Rejected]]] = []
+        if self._filter is None:
+            accepted = np.flatnonzero(columns.accepted)
+            if len(accepted):
+                self._advance(columns, accepted, served, done, expire=True)
+                self.store.advance_watermark(int(columns.timestamp_ms[accepted].max()))
+        else:
+            for piece in self._filter.admit(block.records, columns):
+                done.end(piece.gone)
+                if not len(piece.events):
+                    continue
+                self._advance(piece.columns, piece.events, served, done, expire=False)
+                if piece.columns is not columns and piece.columns.rejected:
+                    held_back.append((piece.records, piece.columns.rejected))
         self.position = block.end
-        return Applied(keys, embeddings, columns.rejected, events, len(accepted) - events, waves)
+        return Applied(
+            done.embeddings(),
+            [(block.records, columns.rejected), *held_back],
+            done.events,
+            done.given - done.events,
+            done.waves,
+        )
+
+    def _advance(
+        self,
+        columns: EventColumns,
+        accepted: NDArray[np.int64],
+        served: Served,
+        done: _Done,
+        *,
+        expire: bool,
+    ) -> None:
+        slots = np.full(columns.n, -1, np.int64)
+        with self.store.update(columns.keys.take(accepted)) as found:
+            slots[accepted] = found
+            for part in self._parts(columns, slots, accepted) if expire else (slots,):
+                advanced = served.engine.advance(columns, part, self.store)
+                if not done.silently:
+                    done.publish(*self._publish(columns, part, advanced, served))
+                done.events += advanced.events
+                done.waves += advanced.waves
+        done.given += len(accepted)
+
+    def embeddings(self, keys: PackedKeys, found: Lookup, served: Served) -> PackedValues:
+        """Embedding records of rows as they are, without predictions."""
+        return self._encoder.encode(
+            keys,
+            found.last_event_ms,
+            found.applied_offset,
+            served.version,
+            found.events_seen,
+            served.vectors(found.vectors, found.last_event_ms),
+            np.full((len(keys), len(served.engine.layout.settings.tasks)), np.nan, np.float32),
+        )
 
     def sweep(self, budget_ms: float) -> list[bytes]:
         """End expired rows for about `budget_ms`; returns the clients whose embeddings are to be deleted."""
@@ -138,7 +218,7 @@ class Partition:
         slots: NDArray[np.int64],
         advanced: Advanced,
         served: Served,
-    ) -> tuple[list[bytes], list[bytes]]:
+    ) -> tuple[PackedKeys, PackedValues]:
         """One embedding for each client of the batch as it is now, and one for each prediction on the way."""
         store, triggers = self.store, advanced.triggers
         predictions = served.questions.predict(served.heads, columns, triggers)
@@ -151,30 +231,33 @@ class Partition:
             final_slots = np.concatenate([final_slots, slot[again]])
             final_event = np.concatenate([final_event, given[first[again]]])
         # A prediction at a client's last event of the batch goes out with its final embedding.
-        is_final = np.isin(triggers.event, advanced.last_event)
+        final_row = np.full(columns.n, -1, np.int64)
+        final_row[advanced.last_event] = np.arange(len(advanced.last_event))
+        row = final_row[triggers.event]
         final_predictions = np.full((len(final_slots), predictions.shape[1]), np.nan, np.float32)
-        if is_final.any():
-            of_event = {int(event): row for row, event in enumerate(final_event[: len(advanced.last_event)])}
-            for trigger in np.flatnonzero(is_final):
-                final_predictions[of_event[int(triggers.event[trigger])]] = predictions[trigger]
-        passing = ~is_final
-        event = np.concatenate([triggers.event[passing], final_event])
-        hidden = np.concatenate([triggers.hidden[passing], store.vectors[final_slots, : served.engine.layout.hidden]])
+        final_predictions[row[row >= 0]] = predictions[row >= 0]
+        passing = np.flatnonzero(row < 0)
+        passed = triggers.event[passing]
+        layout = served.engine.layout
+        hidden = _joined(triggers.hidden[passing], store.vectors[final_slots, : layout.hidden])
         vectors = hidden
-        now_ms = np.concatenate([columns.timestamp_ms[triggers.event[passing]], store.last_event_ms[final_slots]])
-        if served.engine.layout.settings.model.vector == "features":
-            memory = np.concatenate(
-                [triggers.memory[passing], store.vectors[final_slots, served.engine.layout.hidden :]]
-            )
+        now_ms = _joined(columns.timestamp_ms[passed], store.last_event_ms[final_slots])
+        if layout.settings.model.vector == "features":
+            memory = _joined(triggers.memory[passing], store.vectors[final_slots, layout.hidden :])
             vectors = served.questions.readout.features(hidden, memory, now_ms)
-        keys = columns.keys.take(event)
+        keys = columns.keys.take(_joined(passed, final_event))
         records = self._encoder.encode(
             keys,
             now_ms,
-            np.concatenate([columns.offsets[triggers.event[passing]], store.applied_offset[final_slots]]),
+            _joined(columns.offsets[passed], store.applied_offset[final_slots]),
             served.version,
-            np.concatenate([triggers.events_seen[passing], store.events_seen[final_slots]]),
+            _joined(triggers.events_seen[passing], store.events_seen[final_slots]),
             vectors,
-            np.concatenate([predictions[passing], final_predictions]),
+            _joined(predictions[passing], final_predictions),
         )
-        return keys.to_list(), records
+        return keys, records
+
+
+def _joined(passing: NDArray[Any], final: NDArray[Any]) -> NDArray[Any]:
+    # Where nothing is predicted at passing events, as in most batches, nothing is copied.
+    return np.concatenate([passing, final]) if len(passing) else final

@@ -1,7 +1,10 @@
 """Bringing a partition's rows to the end of its changelog.
 
-Order matters: the changelog writer is opened first, which fences the partition's last owner; only then is the
-end of the changelog its end.
+A partition's database lies in a directory that names its trunk, so that rows of two trunks can lie side by side while
+one takes over from the other.
+
+Order matters: the changelog writer is opened first, which fences the partition's last owner; only then is the end of
+the changelog its end.
 """
 
 from __future__ import annotations
@@ -10,32 +13,39 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from confluent_kafka import Consumer, KafkaException, TopicPartition
-
 from stream.changelog import ChangelogWriter, PartitionMeta, read_changelog
 from stream.checkpoint import META_NAME, LocalMeta
-from stream.errors import BrokerError, StoreError
-from stream.kafka import client_config
+from stream.errors import StoreError
+from stream.kafka import log_ends
 from stream.settings import Settings
 from stream.store import EmbeddingStore, StoreOptions
 
-__all__ = ["Restored", "partition_path", "restore_partition", "store_options"]
+__all__ = ["Restored", "other_paths", "partition_path", "restore_partition", "store_options"]
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A partition ready to go on: its rows, its fenced writer, the next input offset, and what it took."""
+    """A partition ready to go on: its rows, its fenced writer, the next input offset, and what it took.
 
-    store: EmbeddingStore
+    `store` is None where the changelog's rows are of another trunk: they have to be rebuilt.
+    """
+
+    store: EmbeddingStore | None
     writer: ChangelogWriter
     position: int
     rows: int
     seconds: float
 
 
-def partition_path(settings: Settings, number: int) -> Path:
-    """Where a partition's local database lies."""
-    return Path(settings.worker.data_dir) / f"partition-{number}"
+def partition_path(settings: Settings, number: int, trunk: str) -> Path:
+    """Where a partition's local database under a trunk lies."""
+    return Path(settings.worker.data_dir) / f"partition-{number}-{trunk}"
+
+
+def other_paths(settings: Settings, number: int, trunk: str) -> list[Path]:
+    """Where databases of the same partition under other trunks lie."""
+    mine = partition_path(settings, number, trunk)
+    return sorted(path for path in mine.parent.glob(f"partition-{number}-*") if path != mine)
 
 
 def store_options(settings: Settings, width: int) -> StoreOptions:
@@ -47,6 +57,9 @@ def store_options(settings: Settings, width: int) -> StoreOptions:
         ttl_ms=None if store.ttl_s is None else int(store.ttl_s * 1000),
         max_rows=store.max_rows,
         min_rows=store.min_rows,
+        cold_rows=None if store.cold_rows is None else store.cold_rows // settings.topics.partitions,
+        admission_threshold=store.admission_threshold,
+        max_held_bytes=store.held_bytes,
     )
 
 
@@ -55,12 +68,12 @@ def restore_partition(settings: Settings, number: int, *, width: int, trunk: str
 
     Raises
     ------
-    StoreError: the database cannot be used, or the rows were made by another trunk or row layout.
+    StoreError: the database cannot be used, or the rows have another layout.
     BrokerError: the broker does not answer.
     """
     started = time.perf_counter()
     writer = ChangelogWriter(settings, number)
-    path = partition_path(settings, number)
+    path = partition_path(settings, number, trunk)
     store = EmbeddingStore.open(path, store_options(settings, width))
     try:
         stored = store.meta(META_NAME)
@@ -73,33 +86,22 @@ def restore_partition(settings: Settings, number: int, *, width: int, trunk: str
             store.restore(batch.keys, batch.rows, kept)
             rows += len(batch.keys)
         if meta is not None:
-            _check_origin(settings, path, meta, trunk, layout)
+            _check_layout(settings, path, meta, layout)
+            if meta.trunk != trunk:
+                store.close()
+                return Restored(None, writer, meta.position, rows, time.perf_counter() - started)
             store.advance_watermark(meta.watermark_ms)
-        position = meta.position if meta is not None else _first_offset(settings, number)
+        position = meta.position if meta is not None else log_ends(settings, settings.topics.events, number)[0]
     except BaseException:
         store.close()
         raise
     return Restored(store, writer, position, rows, time.perf_counter() - started)
 
 
-def _check_origin(settings: Settings, path: Path, meta: PartitionMeta, trunk: str, layout: str) -> None:
-    for what, found, expected in (("trunk", meta.trunk, trunk), ("row layout", meta.layout, layout)):
-        if found != expected:
-            raise StoreError(
-                f"the states in {path} and topic {settings.topics.changelog!r} were made by {what} {found}, but "
-                f"parameters and settings have {expected}: go back to those, or start with new changelog and "
-                f"embeddings topics, a new kafka.group and an empty worker.data_dir"
-            )
-
-
-def _first_offset(settings: Settings, number: int) -> int:
-    """Where the events topic begins; not 0 once old events have been deleted."""
-    topic = settings.topics.events
-    consumer = Consumer(client_config(settings, group_id=f"{settings.kafka.group}-offsets"))
-    try:
-        low, _ = consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=30.0, cached=False)
-        return int(low)
-    except KafkaException as error:
-        raise BrokerError(f"topic {topic!r} cannot be read: {error.args[0].str()}") from error
-    finally:
-        consumer.close()
+def _check_layout(settings: Settings, path: Path, meta: PartitionMeta, layout: str) -> None:
+    if meta.layout != layout:
+        raise StoreError(
+            f"the states in {path} and topic {settings.topics.changelog!r} have row layout {meta.layout}, but the "
+            f"settings of model and memory describe {layout}: go back to those, or start with new changelog and "
+            f"embeddings topics, a new kafka.group and an empty worker.data_dir"
+        )

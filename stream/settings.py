@@ -224,10 +224,17 @@ class Store(_Section, frozen=True):
 
     #: Rows of all partitions kept in memory; the others are read back from disk.
     memory_rows: Annotated[int, Meta(ge=64)] = 1_000_000
+    #: Most copies, in a scratch file beside each partition's database, of rows that left memory, which makes reading
+    #: them back fast; by default ten for each row of `memory_rows` while a tenth of the file system is free.
+    cold_rows: Natural | None = None
     #: A client without events for so long, in event time, is forgotten; without it never.
     ttl_s: Seconds | None = None
     #: Most rows of a partition; the least recently updated go first.
     max_rows: Annotated[int, Meta(ge=64)] | None = None
+    #: A client gets a row at this event of its own; the ones before are held, and applied then.
+    admission_threshold: Count = 1
+    #: Most bytes of events held for one client that has no row yet; the oldest are dropped beyond.
+    held_bytes: Annotated[int, Meta(ge=1, le=64 * 1024 * 1024)] = 262_144
     #: Expiry leaves at least so many rows of a partition.
     min_rows: Natural = 0
 

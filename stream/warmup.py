@@ -18,6 +18,7 @@ from stream.partition import Partition, Served
 from stream.store import EmbeddingStore, StoreOptions
 from stream.transport import FetchedBlock
 from stream.wire import EmbeddingEncoder, EventDecoder, RecordBlock, Schema, encode_event
+from stream.wire.record_batch import RecordBatch
 from stream.wire.schema import FieldSchema
 
 __all__ = ["warm_up"]
@@ -25,6 +26,7 @@ __all__ = ["warm_up"]
 _AT_MS = 1_600_000_000_000
 #: So many that the store's index grows once.
 _CLIENTS = 100
+_BATCH_BYTES = 1 << 20
 
 
 def warm_up(
@@ -54,7 +56,10 @@ def warm_up(
         with EmbeddingStore.open(Path(scratch) / "store", options) as store:
             partition = Partition(0, store, 0, decoder, encoder)
             block = RecordBlock.from_lists(keys, values, np.arange(n), np.full(n, _AT_MS))
-            partition.apply(FetchedBlock(0, 0, block), served)
+            batch = RecordBatch(_BATCH_BYTES)
+            for published, embeddings in partition.apply(FetchedBlock(0, 0, block), served).embeddings:
+                batch.add(published, embeddings, 0, _AT_MS)
+            batch.seal("none", -1, -1, -1)
             frozen = store.checkpoint()
             rows = [row for keys_and_rows in frozen.slices(256) for row in zip(*keys_and_rows, strict=True)]
             frozen.commit({})

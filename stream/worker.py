@@ -10,37 +10,37 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import faust
-import numpy as np
 import torch
 from faust.types import TP
 
-from stream.changelog import ChangelogWriter
-from stream.checkpoint import run_checkpoint
-from stream.errors import BrokerError, Fenced, LivestateError, ParametersError, StoreError
+from stream.allocator import keep_freed_memory
+from stream.errors import BrokerError, Fenced, LivestateError, StoreError
 from stream.kafka import ensure_topics, wait_until_reachable
 from stream.membership import Membership, leave_for_good
 from stream.metrics import WorkerMetrics
-from stream.model.engine import Engine
 from stream.model.heads import Questions
 from stream.model.layout import Layout
-from stream.model.parameters import ParameterSet
 from stream.outputs import Outputs
-from stream.parameter_log import Marker, ParameterReader
+from stream.owned import OwnedPartition
+from stream.parameter_log import ParameterReader
 from stream.partition import Applied, Partition, Served
 from stream.partitioner import partition_of
 from stream.query import ClientView, Health, QueryServer
+from stream.rebuild import Rebuild
+from stream.renewal import Renewal
 from stream.restore import restore_partition, store_options
 from stream.settings import Settings
 from stream.store import PackedKeys
 from stream.transport import BlockConsumer, BlockSchema, BlockTransport, FetchedBlock
+from stream.versions import Versions
 from stream.warmup import warm_up
 from stream.wire import EmbeddingEncoder, EventDecoder, Schema
 
@@ -51,16 +51,6 @@ logger = logging.getLogger(__name__)
 _COMMIT_TIMEOUT_S = 60.0
 _SWEEP_INTERVAL_S = 0.1
 _SWEEP_BUDGET_MS = 4.0
-
-
-@dataclass
-class _Owned:
-    """A partition while this worker serves it."""
-
-    partition: Partition
-    writer: ChangelogWriter
-    #: Held while a checkpoint of it runs, so that two never overlap.
-    lock: asyncio.Lock
 
 
 class _App(faust.App):
@@ -88,16 +78,20 @@ class Worker:
         width = self._questions.readout.width if settings.model.vector == "features" else self.layout.hidden
         self._decoder = EventDecoder(self.schema, settings.limits, settings.topics.format)
         self._encoder = EmbeddingEncoder(width, list(settings.tasks), settings.topics.embeddings_format)
-        self._served: Served | None = None
-        self._marker: Marker | None = None
-        self._owned: dict[int, _Owned] = {}
+        self._owned: dict[int, OwnedPartition] = {}
+        #: Held while partitions are taken or let go of: a rebalance may begin before the one before it is dealt with.
+        self._changing_hands = asyncio.Lock()
+        self._stopping = threading.Event()
         self._failure: BaseException | None = None
         self._restored = False
         self._executor = ThreadPoolExecutor(max_workers=4, thread_name_prefix="checkpoint")
         self._parameters = ParameterReader(settings)
         self._outputs = Outputs(settings)
-        self._torn_seen = 0
         self._warm = False
+        self._versions = Versions(self._parameters, self.layout, self._questions, self._owned, self.metrics)
+        self._renewal = Renewal(
+            self._versions, self._owned, self._new_rebuild, self.metrics, self._executor, self._stopping
+        )
         self.app = self._make_app()
         self._query = QueryServer(
             settings.worker.http_host,
@@ -161,49 +155,14 @@ class Worker:
 
     # ---------------------------------------------------------------- parameters
 
-    def _swap_parameters(self) -> None:
-        """Between micro-batches: serve the latest whole version."""
-        staged = self._parameters.staged
-        if staged is None or (self._served is not None and staged[0].version <= self._served.version):
-            return
-        parameters, marker = staged
-        if self._served is None:
-            engine = Engine(self.layout, parameters)
-            tile = engine.cell.self_check(np.random.default_rng(0))
-            logger.info("trunk %s, matrix tiles of %d rows", engine.trunk_id, tile)
-        elif parameters.trunk_id != self._served.engine.trunk_id:
-            raise ParametersError(
-                f"version {parameters.version} has another trunk ({parameters.trunk_id}) than the states here "
-                f"({self._served.engine.trunk_id}): states of two trunks cannot be mixed; start with new changelog "
-                f"and embeddings topics, a new kafka.group and an empty worker.data_dir"
-            )
-        else:
-            engine = self._served.engine
-        self._served = Served(engine, self._questions, self._questions.heads(parameters), parameters.version)
-        self._marker = marker
-        self._note_version(parameters, marker)
-
-    def _note_version(self, parameters: ParameterSet, marker: Marker) -> None:
-        metrics, now = self.metrics, time.time()
-        metrics.version.set(parameters.version)
-        metrics.version_time.set(marker.created_ms / 1000.0)
-        metrics.versions_applied.inc()
-        for published_ms in marker.feedback_ms:
-            metrics.feedback_to_served.observe(max(0.0, now - published_ms / 1000.0))
-
-    async def _wait_for_parameters(self) -> Served:
-        while self._served is None:
-            if self._parameters.error is not None:
-                raise BrokerError(f"parameters cannot be read: {self._parameters.error}")
-            self._swap_parameters()
-            if self._served is None:
-                await asyncio.sleep(0.05)
+    async def _first_version(self) -> Served:
+        latest = await self._versions.first()
         if not self._warm:
             loop = asyncio.get_running_loop()
-            seconds = await loop.run_in_executor(self._executor, self._warm_up, self._served)
+            seconds = await loop.run_in_executor(self._executor, self._warm_up, latest)
             self._warm = True
             logger.info("kernels ready in %.1f s", seconds)
-        return self._served
+        return latest
 
     def _warm_up(self, served: Served) -> float:
         return warm_up(
@@ -215,48 +174,48 @@ class Worker:
             Path(self.settings.worker.data_dir),
         )
 
-    async def _follow_parameters(self) -> None:
-        """Swap also while no events come, so that the version served is never older than it need be."""
-        while True:
-            await asyncio.sleep(0.02)
-            if self._parameters.error is not None:
-                raise BrokerError(f"parameters cannot be read: {self._parameters.error}")
-            if self._served is not None:
-                self._swap_parameters()
-            torn = self._parameters.torn
-            self.metrics.versions_torn.inc(torn - self._torn_seen)
-            self._torn_seen = torn
+    def _new_rebuild(self, number: int, latest: Served) -> Rebuild:
+        return Rebuild(self.settings, number, latest, self._decoder, self._encoder)
 
     # ---------------------------------------------------------------- ownership
 
     async def _on_assigned(self, *_: Any, **__: Any) -> None:
         """Restore the partitions assigned; Faust resumes the streams when this returns."""
         try:
-            served = await self._wait_for_parameters()
-            numbers = sorted({tp.partition for tp in self._consumer.assignment() if self._is_events(tp)})
-            self.metrics.rebalances.inc()
-            loop = asyncio.get_running_loop()
-            missing = [number for number in numbers if number not in self._owned]
-            restored = await asyncio.gather(
-                *(
-                    loop.run_in_executor(self._executor, self._restore, number, served.engine.trunk_id)
-                    for number in missing
-                ),
-                return_exceptions=True,
-            )
-            for number, result in zip(missing, restored, strict=True):
-                if not isinstance(result, BaseException):
-                    self._owned[number] = result
-            for result in restored:
-                if isinstance(result, BaseException):
-                    raise result
-            self._consumer.start_positions = self._start_positions
-            self.metrics.partitions.set(len(self._owned))
-            self._restored = True
-            logger.info("serving partitions %s", numbers)
+            latest = await self._first_version()
+            async with self._changing_hands:
+                await self._take_over(latest)
         except Exception as error:
             self._fail(error)
             raise
+
+    async def _take_over(self, latest: Served) -> None:
+        numbers = self._assigned()
+        self.metrics.rebalances.inc()
+        loop = asyncio.get_running_loop()
+        missing = [number for number in numbers if number not in self._owned]
+        restored = await asyncio.gather(
+            *(loop.run_in_executor(self._executor, self._restore, number, latest) for number in missing),
+            return_exceptions=True,
+        )
+        still = self._assigned()
+        for number, result in zip(missing, restored, strict=True):
+            if not isinstance(result, BaseException):
+                if number in still:
+                    self._owned[number] = result
+                else:
+                    # Taken away while it was restored: who has it now opens it anew.
+                    result.close()
+        for result in restored:
+            if isinstance(result, BaseException):
+                raise result
+        self._consumer.start_positions = self._start_positions
+        self.metrics.partitions.set(len(self._owned))
+        self._restored = True
+        logger.info("serving partitions %s", sorted(self._owned))
+
+    def _assigned(self) -> list[int]:
+        return sorted({tp.partition for tp in self._consumer.assignment() if self._is_events(tp)})
 
     def _is_events(self, tp: TP) -> bool:
         return str(tp.topic) == self.settings.topics.events
@@ -268,75 +227,104 @@ class Worker:
             if self._is_events(tp) and tp.partition in self._owned
         }
 
-    def _restore(self, number: int, trunk: str) -> _Owned:
+    def _restore(self, number: int, latest: Served) -> OwnedPartition:
         restored = restore_partition(
-            self.settings, number, width=self.layout.width, trunk=trunk, layout=self.layout.fingerprint
+            self.settings,
+            number,
+            width=self.layout.width,
+            trunk=latest.engine.trunk_id,
+            layout=self.layout.fingerprint,
         )
         self.metrics.restored_rows.inc(restored.rows)
         self.metrics.restore_seconds.observe(restored.seconds)
         logger.info(
             "partition %d restored: %d rows from the changelog in %.2f s", number, restored.rows, restored.seconds
         )
-        partition = Partition(number, restored.store, restored.position, self._decoder, self._encoder)
-        return _Owned(partition, restored.writer, asyncio.Lock())
+        is_renewed = restored.store is None
+        if restored.store is None:
+            partition = self._renewal.rebuilt(number, latest)
+        else:
+            partition = Partition(number, restored.store, restored.position, self._decoder, self._encoder)
+        return OwnedPartition(
+            self.settings,
+            self.layout.fingerprint,
+            partition,
+            restored.writer,
+            latest,
+            self._outputs,
+            self._executor,
+            is_renewed,
+        )
 
     async def _on_revoked(self, *_: Any, **__: Any) -> None:
         """Checkpoint what is owned, within the time budget, and let go of it."""
-        await self._release()
+        async with self._changing_hands:
+            await self._release()
 
     async def _release(self) -> None:
-        owned, self._owned = self._owned, {}
+        owned = dict(self._owned)
+        self._owned.clear()
         self._restored = False
         self.metrics.partitions.set(0)
-        budget = self.settings.kafka.session_timeout_s * 0.5
-        for number, one in owned.items():
-            try:
-                await asyncio.wait_for(self._checkpoint(one, budget), timeout=budget + 1.0)
-            except (LivestateError, TimeoutError) as error:
-                # What is not checkpointed here is replayed by the next owner from the last checkpoint.
-                logger.warning("partition %d is given up without a last checkpoint: %s", number, error)
-            finally:
-                one.writer.abort()
-                one.partition.store.close()
-                self._forget(number)
+        budget_s = self.settings.kafka.session_timeout_s * 0.5
+        await asyncio.gather(*(self._let_go(number, one, budget_s) for number, one in owned.items()))
+
+    async def _let_go(self, number: int, owned: OwnedPartition, budget_s: float) -> None:
+        try:
+            await asyncio.wait_for(self._checkpoint(owned, budget_s), timeout=budget_s + 1.0)
+        except (LivestateError, TimeoutError) as error:
+            # What is not checkpointed here is replayed by the next owner from the last checkpoint.
+            logger.warning("partition %d is given up without a last checkpoint: %s", number, error)
+        finally:
+            owned.close()
+            self._forget(number)
 
     def _forget(self, number: int) -> None:
         """No metrics of a partition that another worker serves."""
         self.metrics.lag.remove_by_labels({"partition": str(number)})
         self.metrics.rows.remove_by_labels({"partition": str(number)})
+        self.metrics.held_dropped.remove_by_labels({"partition": str(number)})
 
     # ---------------------------------------------------------------- events
 
     async def _take(self, block: FetchedBlock) -> None:
         owned = self._owned.get(block.partition)
-        if owned is None or self._served is None:
+        if owned is None:
             return
-        partition = owned.partition
-        if not partition.follows(block):
-            tp = TP(self.settings.topics.events, block.partition)
-            logger.info("partition %d: reading again from %d", block.partition, partition.position)
-            self._consumer.seek_block(tp, partition.position)
-            return
-        self._swap_parameters()
-        started = time.perf_counter()
-        applied = partition.apply(block, self._served)
-        self._publish(block, applied)
-        self._count(block, applied, time.perf_counter() - started)
+        async with owned.turn:
+            partition = owned.partition
+            if self._owned.get(block.partition) is not owned:
+                return
+            if not partition.follows(block):
+                tp = TP(self.settings.topics.events, block.partition)
+                logger.info("partition %d: reading again from %d", block.partition, partition.position)
+                self._consumer.seek_block(tp, partition.position)
+                return
+            self._versions.swap()
+            started = time.perf_counter()
+            applied = partition.apply(block, owned.served)
+            self._publish(block, applied)
+            self._count(block, applied, time.perf_counter() - started)
         if self._failure is not None:
             raise self._failure
 
     def _publish(self, block: FetchedBlock, applied: Applied) -> None:
-        self._outputs.embeddings(block.partition, applied.keys, applied.embeddings)
-        if applied.rejected:
-            self._outputs.dead_letters(block.partition, block.records, applied.rejected)
-            for rejected in applied.rejected:
-                self.metrics.dead_letters.labels(rejected.reason).inc()
+        for keys, embeddings in applied.embeddings:
+            if embeddings is None:
+                self._outputs.tombstones(block.partition, keys)
+            else:
+                self._outputs.embeddings(block.partition, keys, embeddings)
+                self.metrics.embeddings.inc(len(embeddings))
+        for records, rejected in applied.rejected:
+            if rejected:
+                self._outputs.dead_letters(block.partition, records, rejected)
+            for one in rejected:
+                self.metrics.dead_letters.labels(one.reason).inc()
 
     def _count(self, block: FetchedBlock, applied: Applied, seconds: float) -> None:
         metrics = self.metrics
         metrics.events.inc(applied.events)
         metrics.replayed.inc(applied.replayed)
-        metrics.embeddings.inc(len(applied.embeddings))
         metrics.batch_events.observe(len(block.records))
         metrics.batch_seconds.observe(seconds)
         metrics.batch_waves.observe(applied.waves)
@@ -349,33 +337,22 @@ class Worker:
             stats = owned.partition.store.stats
             metrics.rows.labels(str(block.partition), "memory").set(stats.memory_rows)
             metrics.rows.labels(str(block.partition), "all").set(stats.rows)
+            metrics.held_dropped.labels(str(block.partition)).set(stats.held_dropped)
 
     # ---------------------------------------------------------------- checkpoints
 
-    async def _checkpoint(self, owned: _Owned, timeout_s: float) -> None:
-        served = self._served
-        if served is None:
-            return
+    async def _checkpoint(self, owned: OwnedPartition, timeout_s: float) -> None:
         tp = TP(self.settings.topics.events, owned.partition.number)
 
         async def commit_position(position: int) -> bool:
-            return await self._consumer.commit_positions({tp: position})
+            # Of a partition taken away meanwhile nothing is left to commit, which Faust would take for a crash.
+            return tp in self._consumer.assignment() and await self._consumer.commit_positions({tp: position})
 
-        async with owned.lock:
-            try:
-                done = await run_checkpoint(
-                    owned.partition,
-                    owned.writer,
-                    trunk=served.engine.trunk_id,
-                    layout=self.layout.fingerprint,
-                    flush_outputs=self._outputs.flush,
-                    commit_position=commit_position,
-                    executor=self._executor,
-                    timeout_s=timeout_s,
-                )
-            except LivestateError:
-                self.metrics.checkpoint_failures.inc()
-                raise
+        try:
+            done = await owned.checkpoint(commit_position, timeout_s)
+        except LivestateError:
+            self.metrics.checkpoint_failures.inc()
+            raise
         self.metrics.checkpoints.inc()
         self.metrics.checkpoint_rows.inc(done.rows)
         self.metrics.checkpoint_seconds.observe(done.seconds)
@@ -404,9 +381,11 @@ class Worker:
         while True:
             await asyncio.sleep(_SWEEP_INTERVAL_S)
             for number, owned in list(self._owned.items()):
+                if self._owned.get(number) is not owned:
+                    continue
                 ended = owned.partition.sweep(_SWEEP_BUDGET_MS)
                 if ended:
-                    self._outputs.embeddings(number, ended, [None] * len(ended))
+                    self._outputs.tombstones(number, PackedKeys.from_list(ended))
                     self.metrics.expired.inc(len(ended))
                 await asyncio.sleep(0)
 
@@ -415,7 +394,7 @@ class Worker:
     def health(self) -> Health:
         """Whether this worker lives and whether it is ready, with the reason when it is not."""
         reasons = []
-        if self._served is None:
+        if self._versions.latest is None:
             reasons.append("no parameters yet: is the trainer running?")
         if not self._restored:
             reasons.append("partitions are being assigned and restored")
@@ -424,7 +403,8 @@ class Worker:
             reasons=tuple(reasons),
             status={
                 "partitions": sorted(self._owned),
-                "parameter_version": None if self._served is None else self._served.version,
+                "parameter_version": self._versions.applied or None,
+                "rebuilding": [number for number, _ in self._versions.outdated()],
                 "positions": {str(n): o.partition.position for n, o in sorted(self._owned.items())},
             },
         )
@@ -432,25 +412,18 @@ class Worker:
     def view(self, client_id: bytes) -> ClientView | None:
         """A client's row as it is now; None if this worker has none."""
         owned = self._owned.get(partition_of(client_id, self.settings.topics.partitions))
-        served = self._served
-        if owned is None or served is None:
+        if owned is None:
             return None
         found = owned.partition.store.lookup(PackedKeys.from_list([client_id]))
         if not found.found[0]:
             return None
-        hidden = found.vectors[:, : self.layout.hidden]
-        vector = hidden
-        if self.settings.model.vector == "features":
-            vector = self._questions.readout.features(
-                hidden, found.vectors[:, self.layout.hidden :], found.last_event_ms
-            )
         return ClientView(
             client_id=client_id.decode(),
             events_seen=int(found.events_seen[0]),
             timestamp_ms=int(found.last_event_ms[0]),
             offset=int(found.applied_offset[0]),
-            parameter_version=served.version,
-            vector=vector[0],
+            parameter_version=owned.served.version,
+            vector=owned.served.vectors(found.vectors, found.last_event_ms)[0],
         )
 
     # ---------------------------------------------------------------- life
@@ -470,9 +443,10 @@ class Worker:
         self._parameters.start()
         await self._query.start()
         background = [
-            asyncio.create_task(self._follow_parameters()),
+            asyncio.create_task(self._versions.follow()),
             asyncio.create_task(self._checkpoint_regularly()),
             asyncio.create_task(self._sweep_regularly()),
+            asyncio.create_task(self._renewal.run()),
         ]
         try:
             await self.app.maybe_start()
@@ -489,15 +463,18 @@ class Worker:
                 except TimeoutError:
                     continue
         finally:
+            self._stopping.set()
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
             if self._failure is None:
                 await self._stop_flow()
-                await self._release()
+                async with self._changing_hands:
+                    await self._release()
             await self._leave()
             await self._query.stop()
             self._parameters.stop()
+            self._outputs.close()
             self._executor.shutdown(wait=False, cancel_futures=True)
         if self._failure is not None:
             raise self._failure
@@ -523,6 +500,7 @@ def run_worker(settings: Settings, broker_timeout_s: float = 30.0) -> None:
     ------
     LivestateError: it cannot start or go on; the message says why.
     """
+    keep_freed_memory()
     torch.set_num_threads(1)
     data_dir = Path(settings.worker.data_dir)
     try:

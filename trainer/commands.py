@@ -1,4 +1,4 @@
-"""The sub-commands `livestate trainer` and `livestate pretrain`."""
+"""The sub-commands `livestate trainer`, `livestate rebuild` and `livestate pretrain`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from stream.cli import add_settings, configure_logging, settings_of
+from stream.errors import SettingsError
 
 if TYPE_CHECKING:
     from stream.wire import RecordBlock
+    from trainer.service import TrainerService
 
 __all__ = ["register"]
 
@@ -20,6 +24,7 @@ __all__ = ["register"]
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the trainer's commands; each sets `run`, which takes the parsed arguments and returns a status."""
     _add_trainer(subparsers)
+    _add_rebuild(subparsers)
     _add_pretrain(subparsers)
 
 
@@ -40,6 +45,27 @@ def _add_trainer(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         "--broker-timeout", type=float, default=30.0, metavar="S", help="wait so long for the broker (%(default)s)"
     )
     parser.set_defaults(run=_trainer)
+
+
+def _add_rebuild(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "rebuild",
+        help="bring a new trunk in: learn beside the running trainer, then take over from it",
+        description="Reads all events and feedback under another trunk, beside the trainer that runs. When it has "
+        "caught up it takes over: the other trainer ends, and this one goes on in its place. Each worker then "
+        "recomputes its states from the events, beside its live traffic, and switches each partition at one offset.",
+        epilog="example: livestate rebuild --settings shop.toml --trunk next.msgpack",
+    )
+    add_settings(parser)
+    parser.add_argument("--trunk", metavar="FILE", required=True, help="the new trunk, from `livestate pretrain`")
+    parser.add_argument(
+        "--data-dir", metavar="DIR", help="its database (default: trainer.data_dir, a dash and the trunk's id)"
+    )
+    parser.add_argument("--http-port", type=int, default=0, metavar="PORT", help="0 takes a free one (%(default)s)")
+    parser.add_argument(
+        "--broker-timeout", type=float, default=30.0, metavar="S", help="wait so long for the broker (%(default)s)"
+    )
+    parser.set_defaults(run=_rebuild)
 
 
 def _add_pretrain(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -70,11 +96,33 @@ def _trainer(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     settings = settings_of(arguments)
     parameters = load_parameters(arguments.trunk) if arguments.trunk else None
-    service = TrainerService(settings, parameters, Path(arguments.record) if arguments.record else None)
+    _run(TrainerService(settings, parameters, Path(arguments.record) if arguments.record else None), arguments)
+    return 0
+
+
+def _rebuild(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from trainer.files import load_parameters
+    from trainer.service import TrainerService
+
+    configure_logging()
+    torch.set_num_threads(1)
+    settings = settings_of(arguments)
+    parameters = load_parameters(arguments.trunk)
+    directory = arguments.data_dir or f"{settings.trainer.data_dir.rstrip('/')}-{parameters.trunk_id}"
+    if Path(directory).resolve() == Path(settings.trainer.data_dir).resolve():
+        raise SettingsError(f"--data-dir {directory!r}: expected another directory than trainer.data_dir")
+    trainer = structs.replace(settings.trainer, data_dir=directory, http_port=arguments.http_port)
+    print(f"trunk {parameters.trunk_id} is learned in {directory}; from then on trainer.data_dir has to name it")
+    _run(TrainerService(structs.replace(settings, trainer=trainer), parameters, takes_over=True), arguments)
+    return 0
+
+
+def _run(service: TrainerService, arguments: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop())
     service.run(arguments.broker_timeout)
-    return 0
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:

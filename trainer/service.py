@@ -23,7 +23,7 @@ from pathlib import Path
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
-from stream.errors import BrokerError, Fenced, RecordError
+from stream.errors import BrokerError, Fenced, ParametersError, RecordError
 from stream.kafka import client_config, ensure_topics, log_ends, producer_config, wait_until_reachable
 from stream.metrics import TrainerMetrics
 from stream.model.parameters import ParameterSet
@@ -32,7 +32,7 @@ from stream.wire import dead_letter_headers
 from trainer.monitoring import Health, Monitoring
 from trainer.online import OnlineTrainer
 from trainer.pretrain import random_trunk
-from trainer.publisher import Publisher
+from trainer.publisher import Publisher, read_latest
 from trainer.timeline import EVENTS, FEEDBACK, Record, Timeline
 
 __all__ = ["TrainerService"]
@@ -73,6 +73,8 @@ class TrainerService:
     parameters: the trunk to start with. A checkpoint in `trainer.data_dir` goes before it; without both, the
         trunk of the last published version, and without that a random one.
     record: file to append answered examples to.
+    takes_over: for another trunk: learn beside the trainer that is running, and publish nothing until everything that
+        there was at the start has been read; then take over from it.
     metrics: counted into.
     clock, monotonic: UTC seconds, and seconds that never go back.
     """
@@ -83,6 +85,7 @@ class TrainerService:
         parameters: ParameterSet | None = None,
         record: Path | None = None,
         metrics: TrainerMetrics | None = None,
+        takes_over: bool = False,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -93,6 +96,8 @@ class TrainerService:
         self.http_port = 0
         self._parameters = parameters
         self._record = record
+        self._takes_over = takes_over
+        self._publisher: Publisher | None = None
         self._clock = clock
         self._monotonic = monotonic
         self._stopping = threading.Event()
@@ -115,7 +120,7 @@ class TrainerService:
         ------
         BrokerError: the broker is not there at the start, or its topics are not.
         Fenced: another trainer has taken over.
-        StoreError, ParametersError: what there is on disk does not fit the settings.
+        StoreError, ParametersError: what there is on disk does not fit the settings, or the versions published since.
         """
         settings = self.settings
         with Monitoring(
@@ -124,15 +129,17 @@ class TrainerService:
             self.http_port = monitoring.port
             wait_until_reachable(settings, broker_timeout_s)
             ensure_topics(settings, create=False)
-            self._publisher = Publisher(settings)
             try:
                 self._train()
             finally:
-                self._publisher.close()
+                if self._publisher is not None:
+                    self._publisher.close()
                 self.health.ready = False
 
     def _train(self) -> None:
-        settings, published = self.settings, self._publisher.current
+        settings = self.settings
+        latest = read_latest(settings)
+        published = latest[0] if latest is not None else None
         trainer = OnlineTrainer(
             settings,
             Path(settings.trainer.data_dir),
@@ -143,9 +150,12 @@ class TrainerService:
         )
         self.trainer = trainer
         try:
-            self._publisher.raise_floor(trainer.version_floor)
-            if published is not None and published.trunk_id == trainer.parameters.trunk_id:
-                trainer.serve(published)
+            if self._takes_over:
+                self.metrics.taking_over.set(1)
+                logger.info("trunk %s is learned beside the trainer that runs", trainer.parameters.trunk_id)
+            else:
+                self._check_trunk(trainer, published)
+                self._open_publisher(trainer)
             self._dead_letters = Producer(producer_config(settings))
             consumer = Consumer(
                 client_config(
@@ -168,6 +178,40 @@ class TrainerService:
         finally:
             trainer.close()
 
+    def _check_trunk(self, trainer: OnlineTrainer, published: ParameterSet | None) -> None:
+        """Before it fences anybody: a trainer whose trunk was replaced must not bring it back by being restarted.
+
+        Raises
+        ------
+        ParametersError: it would.
+        """
+        own = trainer.parameters.trunk_id
+        if published is None or not trainer.resumed or published.trunk_id == own:
+            return
+        if published.version > trainer.version_floor:
+            raise ParametersError(
+                f"version {published.version} in topic {self.settings.topics.parameters!r} has trunk "
+                f"{published.trunk_id}, but the checkpoint in trainer.data_dir = "
+                f"{self.settings.trainer.data_dir!r} has {own}: a rebuild has taken over; use its data directory, "
+                f"or bring this trunk back with `livestate rebuild`"
+            )
+
+    def _open_publisher(self, trainer: OnlineTrainer) -> None:
+        """Become the one trainer that publishes."""
+        publisher = Publisher(self.settings)
+        publisher.raise_floor(trainer.version_floor)
+        if publisher.current is not None and publisher.current.trunk_id == trainer.parameters.trunk_id:
+            trainer.serve(publisher.current)
+        self._publisher = publisher
+        self.metrics.taking_over.set(0)
+        logger.info(
+            "trainer publishes: %s, trunk %s, last version %d, epoch %d",
+            "from its checkpoint" if trainer.resumed else "anew",
+            trainer.parameters.trunk_id,
+            publisher.version,
+            publisher.epoch,
+        )
+
     def _initial(self, published: ParameterSet | None) -> ParameterSet:
         if self._parameters is not None:
             return self._parameters
@@ -184,15 +228,10 @@ class TrainerService:
         ]
         self._find_ends(assigned)
         consumer.assign(assigned)
-        published = self._publisher.current
-        logger.info(
-            "trainer starts: %s, trunk %s, last version %d, epoch %d",
-            "from its checkpoint" if trainer.resumed else "anew",
-            trainer.parameters.trunk_id,
-            self._publisher.version,
-            self._publisher.epoch,
-        )
-        if published is None or published.trunk_id != trainer.parameters.trunk_id:
+        if self._publisher is not None and self._publisher.current is not None:
+            if self._publisher.current.trunk_id != trainer.parameters.trunk_id:
+                self._behind.clear()
+        elif not self._takes_over:
             self._behind.clear()
         checkpoints = _Timer(settings.trainer.checkpoint_interval_s)
         checkpoints.is_due(self._monotonic())
@@ -204,7 +243,10 @@ class TrainerService:
         self.health.ready = True
         while not self._stopping.is_set():
             now = self._monotonic()
-            if self._publisher.is_waiting:
+            if self._publisher is None:
+                if not self._behind:
+                    self._open_publisher(trainer)
+            elif self._publisher.is_waiting:
                 if retries.is_due(now):
                     first = not self._publish(trainer) and first
             elif (first or trainer.unpublished()) and not self._behind and publishing.is_due(now):
@@ -221,7 +263,7 @@ class TrainerService:
                 self._checkpoint(trainer)
             if gauges.is_due(now):
                 self._observe(consumer, trainer)
-        if trainer.unpublished() or self._publisher.is_waiting:
+        if self._publisher is not None and (trainer.unpublished() or self._publisher.is_waiting):
             self._publish(trainer)
         self._checkpoint(trainer, _DEAD_LETTERS_S)
         self._observe(consumer, trainer)
@@ -308,6 +350,7 @@ class TrainerService:
 
     def _publish(self, trainer: OnlineTrainer) -> bool:
         publisher = self._publisher
+        assert publisher is not None
         started = self._monotonic()
         try:
             if publisher.is_waiting:
@@ -339,7 +382,7 @@ class TrainerService:
         if waiting:
             logger.warning("no checkpoint: %d dead letters wait for the broker", waiting)
             return
-        trainer.checkpoint(self._publisher.version)
+        trainer.checkpoint(0 if self._publisher is None else self._publisher.version)
         self.metrics.checkpoint_seconds.observe(self._monotonic() - started)
 
     def _observe(self, consumer: Consumer, trainer: OnlineTrainer) -> None:

@@ -96,6 +96,7 @@ class Engine:
 
     def __init__(self, layout: Layout, parameters: ParameterSet) -> None:
         self.layout = layout
+        self.parameters = parameters
         self.trunk_id = parameters.trunk_id
         self.cell = Cell(parameters, layout.inputs, layout.hidden)
         self._scale = np.array(parameters["trunk/scale"], np.float64)

@@ -26,6 +26,7 @@ from stream.wire.formats import Format
 from stream.wire.hashing import hash_bytes
 from stream.wire.reasons import REASONS
 from stream.wire.schema import FieldSchema, ModalitySchema, Schema
+from stream.wire.values import PackedValues
 
 __all__ = [
     "REASONS",
@@ -39,6 +40,7 @@ __all__ = [
     "Format",
     "Headers",
     "ModalitySchema",
+    "PackedValues",
     "RecordBlock",
     "Rejected",
     "Schema",

@@ -11,7 +11,6 @@ the ids of accepted events are.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -25,6 +24,7 @@ from stream.wire import checks
 from stream.wire.embedding_kernel import encode_embeddings, record_bound
 from stream.wire.formats import MAX_MEMBERS, Format, read_map
 from stream.wire.reasons import WRONG_TYPE, refusal
+from stream.wire.values import PackedValues
 
 __all__ = ["Embedding", "EmbeddingEncoder", "decode_embedding"]
 
@@ -91,7 +91,7 @@ class EmbeddingEncoder:
         events_seen: ArrayLike,
         vectors: NDArray[np.float32],
         predictions: NDArray[np.float32],
-    ) -> list[bytes]:
+    ) -> PackedValues:
         """One record for every key.
 
         Parameters
@@ -138,9 +138,8 @@ class EmbeddingEncoder:
             out,
             starts,
         )
-        data = out[: starts[n]].tobytes()
-        records = [data[a:b] for a, b in itertools.pairwise(starts.tolist())]
-        return records if self._written_as == "msgpack" else [_as_json(record) for record in records]
+        records = PackedValues(out, starts)
+        return records if self._written_as == "msgpack" else PackedValues.from_list([*map(_as_json, records)])
 
 
 def _as_json(record: bytes) -> bytes:

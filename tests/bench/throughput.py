@@ -160,7 +160,7 @@ def _limit(site: Site, workload: Workload, live: dict[str, Any], events: int) ->
     records = max(2_000, min(200_000, events // 4))
     vector = 4 * site.layout.hidden
     row = parts.produce(site, vector + 4 * site.layout.memory + 32, records)
-    embedding = parts.produce(site, vector + 105, records)
+    embedding = parts.publish(site, vector + 105, records, batch)
     return {
         "consume": parts.consume(site, min(events, 500_000)),
         "decode": parts.decode(site, workload, batch),

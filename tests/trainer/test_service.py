@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from stream.errors import BrokerError, Fenced, LivestateError, TopicError
+from stream.errors import BrokerError, Fenced, LivestateError, ParametersError, TopicError
 from stream.settings import Kafka, parse
 from tests.support.processes import http_get, metric, wait_for
 from trainer.pretrain import random_trunk, save_parameters
@@ -233,6 +233,68 @@ def test_a_fenced_trainer_stops_and_says_why(new_embedded_shop: NewShop) -> None
     second.close()
     assert isinstance(first.error, Fenced)
     assert "another trainer" in str(first.error)
+
+
+Started = Callable[[TrainerService], Running]
+
+
+@pytest.fixture
+def started() -> Iterator[Started]:
+    """Runs services, and stops at the end of the test those that still run."""
+    running: list[Running] = []
+
+    def start(service: TrainerService) -> Running:
+        running.append(Running(service))
+        return running[-1]
+
+    yield start
+    for one in running:
+        one.stop()
+
+
+def test_a_rebuild_learns_beside_the_running_trainer_and_takes_over(new_shop: NewShop, started: Started) -> None:
+    # Given a trainer that has learned what there is
+    live = new_shop()
+    events, feedback = stream()
+    live.publish(live.settings.topics.events, events)
+    first = started(TrainerService(live.settings, random_trunk(live.settings, [])))
+    live.publish(live.settings.topics.feedback, feedback)
+    first.wait(LEARNED, CLIENTS, task="redeemed")
+    first.wait("livestate_parameter_versions_published_total", 2)
+    before = read_latest(live.settings)
+    assert before is not None
+    # When another trunk is learned beside it
+    trunk = random_trunk(msgspec.structs.replace(live.settings, model=shop.settings(MODEL__SEED="4").model), [])
+    assert trunk.trunk_id != before[0].trunk_id
+    beside = msgspec.structs.replace(
+        live.settings, trainer=msgspec.structs.replace(live.settings.trainer, data_dir=str(live.directory / "next"))
+    )
+    second = started(TrainerService(beside, trunk, takes_over=True))
+    second.wait("livestate_parameter_versions_published_total", 1)
+    after = read_latest(live.settings)
+    # Then its first version already has everything there was, under a later number
+    assert after is not None
+    assert after[0].trunk_id == trunk.trunk_id
+    assert after[0].version > before[0].version
+    learner = second.service.trainer.learners["redeemed"]
+    assert np.array_equal(after[0]["head/redeemed/weight"], learner.posterior.mean)
+    assert second.sample(LEARNED, task="redeemed") == CLIENTS
+    assert second.sample("livestate_trainer_taking_over") == 0
+    # And the first trainer ends as soon as it wants to publish
+    more, answers = stream(CLIENTS)
+    live.publish(live.settings.topics.events, more)
+    live.publish(live.settings.topics.feedback, answers)
+    wait_for(lambda: first.ended, 60, "the first trainer ends")
+    assert isinstance(first.error, Fenced)
+    # And does not bring its trunk back when it is started again
+    error = refused(TrainerService(live.settings), 10.0)
+    assert isinstance(error, ParametersError)
+    assert "a rebuild has taken over" in str(error)
+    # While the second goes on
+    second.wait(LEARNED, 2 * CLIENTS, task="redeemed")
+    second.stop()
+    assert second.error is None
+    assert read_latest(live.settings)[0].trunk_id == trunk.trunk_id
 
 
 def refused(service: TrainerService, timeout_s: float = 1.0) -> LivestateError:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from stream.model.engine import Engine
 from stream.model.heads import Questions
 from stream.model.layout import Layout
-from stream.partition import Partition, Served
+from stream.partition import Applied, Partition, Served
 from stream.store import EmbeddingStore, StoreOptions
 from stream.transport import FetchedBlock
 from stream.wire import EmbeddingEncoder, EventDecoder, RecordBlock, Schema, decode_embedding, encode_event
@@ -36,8 +36,9 @@ drawn_events = st.lists(
 )
 
 
-def _partition(ttl_ms: int | None) -> Partition:
-    store = EmbeddingStore.open(None, StoreOptions(width=LAYOUT.width, ttl_ms=ttl_ms))
+def _partition(ttl_ms: int | None, threshold: int = 1) -> Partition:
+    options = StoreOptions(width=LAYOUT.width, ttl_ms=ttl_ms, admission_threshold=threshold)
+    store = EmbeddingStore.open(None, options)
     decoder = EventDecoder(SCHEMA, SETTINGS.limits, "msgpack")
     return Partition(0, store, 0, decoder, EmbeddingEncoder(LAYOUT.hidden, ["accepted"]))
 
@@ -53,17 +54,23 @@ def _records(drawn: Drawn) -> tuple[list[bytes], list[bytes]]:
 
 
 def _run(
-    keys: list[bytes], values: list[bytes], bounds: list[int], ttl_ms: int | None
+    keys: list[bytes], values: list[bytes], bounds: list[int], ttl_ms: int | None, threshold: int = 1
 ) -> tuple[dict[bytes, tuple[bytes, int, int, int]], dict[tuple[bytes, int], tuple[bytes, float | None]]]:
-    partition = _partition(ttl_ms)
+    partition = _partition(ttl_ms, threshold)
     seen: dict[tuple[bytes, int], tuple[bytes, float | None]] = {}
+    standing: set[bytes] = set()
     for begin, end in itertools.pairwise(bounds):
         offsets = np.arange(begin, end)
         block = RecordBlock.from_lists(keys[begin:end], values[begin:end], offsets, np.full(end - begin, 10**13))
         applied = partition.apply(FetchedBlock(0, begin, block), SERVED)
-        for key, value in zip(applied.keys, applied.embeddings, strict=True):
-            e = decode_embedding(value)
-            seen[key, e.offset] = (e.vector.tobytes(), e.predictions.get("accepted"))
+        for clients, records in applied.embeddings:
+            if records is None:
+                standing.difference_update(clients.to_list())
+                continue
+            for key, value in zip(clients.to_list(), records, strict=True):
+                e = decode_embedding(value)
+                seen[key, e.offset] = (e.vector.tobytes(), e.predictions.get("accepted"))
+                standing.add(key)
     distinct = sorted(set(keys))
     found = partition.store.lookup(distinct)
     rows = {
@@ -76,6 +83,8 @@ def _run(
         for i, key in enumerate(distinct)
         if found.found[i]
     }
+    # Whoever has a row has an embedding, and nobody else once the expired ones are swept.
+    assert standing - set(partition.sweep(10_000.0)) == set(rows)
     partition.store.close()
     return rows, seen
 
@@ -97,6 +106,35 @@ def test_cutting_differently_changes_no_row_and_no_embedding(drawn: Drawn, cuts:
         assert {at for at, (_, p) in single_seen.items() if p is not None} == {
             at for at, (_, p) in seen.items() if p is not None
         }
+
+
+@settings(max_examples=150, deadline=None)
+@given(drawn_events, st.lists(st.integers(0, 60), max_size=5), st.booleans(), st.sampled_from([2, 3, 7]))
+def test_a_filtered_client_has_the_row_it_would_have_had(
+    drawn: Drawn, cuts: list[int], expire: bool, threshold: int
+) -> None:
+    # Given events of few clients, applied one at a time without a filter
+    keys, values = _records(drawn)
+    n, ttl = len(drawn), TTL_MS if expire else None
+    rows, seen = _run(keys, values, list(range(n + 1)), ttl)
+    for bounds in (list(range(n + 1)), [0, n], sorted({0, n, *(min(c, n) for c in cuts)})):
+        # When clients get a row at their n-th event, and the batches are cut anywhere
+        filtered, published = _run(keys, values, bounds, ttl, threshold)
+        # Then exactly those that have had so many since they began have one, and it is the same, bit for bit
+        assert filtered == {key: row for key, row in rows.items() if row[1] >= threshold}
+        # And every embedding that was published is the one of that event
+        assert published.items() <= seen.items()
+
+
+def test_events_before_admission_are_applied_at_it() -> None:
+    # Given a client whose first two events are held
+    keys, values = _records([(1, 0, True), (1, 1000, False), (1, 1000, False)])
+    _, unfiltered = _run(keys, values, [0, 1, 2, 3], None)
+    # When the third one comes
+    rows, seen = _run(keys, values, [0, 1, 2, 3], None, 3)
+    # Then its row has all three, and the prediction that the first one asked for is published
+    assert rows[b"1"][1] == 3
+    assert seen == {at: unfiltered[at] for at in [(b"1", 0), (b"1", 2)]}
 
 
 def test_a_returning_client_starts_from_zero() -> None:
@@ -121,6 +159,12 @@ def test_a_block_that_does_not_follow_is_recognised() -> None:
     assert partition.position == 8
 
 
+def _published(applied: Applied) -> dict[str, tuple[int, bytes]]:
+    ((_, records),) = applied.embeddings
+    assert records is not None
+    return {e.client_id: (e.offset, e.vector.tobytes()) for e in map(decode_embedding, records)}
+
+
 def test_replayed_events_publish_their_clients_again() -> None:
     # Given a partition that has applied a block
     partition = _partition(None)
@@ -131,8 +175,7 @@ def test_replayed_events_publish_their_clients_again() -> None:
     again = partition.apply(FetchedBlock(0, 3, block), SERVED)
     # Then nothing is applied, and the states are published once more with the same offsets
     assert (again.events, again.replayed) == (0, 3)
-    states = {e.client_id: (e.offset, e.vector.tobytes()) for e in map(decode_embedding, again.embeddings)}
-    assert states == {e.client_id: (e.offset, e.vector.tobytes()) for e in map(decode_embedding, first.embeddings)}
+    assert _published(again) == _published(first)
 
 
 def test_served_features_can_replace_the_hidden_state() -> None:
@@ -145,7 +188,7 @@ def test_served_features_can_replace_the_hidden_state() -> None:
     partition = Partition(0, store, 0, EventDecoder(SCHEMA, configured.limits, "msgpack"), encoder)
     keys, values = _records([(0, 0, False)])
     block = RecordBlock.from_lists(keys, values, [0], [10**13])
-    (record,) = partition.apply(FetchedBlock(0, 0, block), served).embeddings
+    ((_, (record,)),) = partition.apply(FetchedBlock(0, 0, block), served).embeddings
     vector = decode_embedding(record).vector
     assert vector.shape == (questions.readout.width,)
     at = questions.readout.names.index("payments")

@@ -11,11 +11,11 @@ import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
+from stream.broker import Broker
 from stream.kafka import producer_config
 from stream.partitioner import partition_of
 from stream.wire import decode_embedding, encode_event, encode_event_json
 from tests.support.processes import Livestate, http_get, metric, wait_for
-from tests.support.trunk import publish_version, random_trunk
 from tests.support.truth import check_partition, read_topic
 from tests.worker.conftest import System
 
@@ -45,6 +45,30 @@ def _allow_large_records(system: System) -> None:
     resource = ConfigResource(ResourceType.TOPIC, system.settings.topics.events, incremental_configs=[entry])
     for answer in admin.incremental_alter_configs([resource]).values():
         answer.result(30)
+
+
+def test_events_of_aborted_transactions_never_happened(apache_broker: Broker, tmp_path: Path, free_port: int) -> None:
+    # Given a publisher that sends events in a transaction and gives it up, and one that commits
+    system = System(apache_broker, tmp_path)
+    system.publish_parameters()
+    system.publish(200)
+    producer = Producer(producer_config(system.settings, transactional_id=f"{tmp_path.name}-publisher"))
+    producer.init_transactions(30)
+    for ends in (producer.abort_transaction, producer.commit_transaction):
+        producer.begin_transaction()
+        for i in range(50):
+            value = encode_event(f"client-{i}", 1_700_000_000_000 + i, "pay", {"amount": 1.0, "merchant": "x"})
+            producer.produce(system.settings.topics.events, value, f"client-{i}")
+        producer.flush(30)
+        ends(30)
+    system.publish(200)
+    # When a worker applies them
+    with system.worker(free_port) as worker:
+        _ready(free_port)
+        wait_for(lambda: metric(free_port, "livestate_events_applied_total") >= 450, 30, "450 events are applied")
+        assert worker.stop() == 0
+    # Then states are those of the committed ones alone
+    assert sum(check_partition(system.settings, system.parameters, p).events for p in range(2)) == 450
 
 
 def test_bad_records_reach_dead_letters_and_nothing_else_is_affected(
@@ -169,21 +193,6 @@ def test_http_tells_health_and_states(new_system: Callable[..., System], free_po
         assert status == 404
         assert json.loads(body)["status"] == 404
         assert worker.stop() == 0
-
-
-def test_a_trunk_that_does_not_fit_the_states_is_refused(new_system: Callable[..., System], free_port: int) -> None:
-    # Given states made by one trunk
-    system = new_system()
-    system.publish_parameters()
-    with system.worker(free_port) as worker:
-        _ready(free_port)
-        system.publish(50)
-        wait_for(lambda: _passed(free_port) >= 50, 30, "the events are applied")
-        # When a version with another trunk comes
-        publish_version(system.settings, random_trunk(system.layout, seed=9), 2, 1)
-        # Then the worker stops with a clear error rather than mix states of two trunks
-        assert worker.process.wait(60) == 6
-        assert "states of two trunks cannot be mixed" in worker.text()
 
 
 def test_a_paused_worker_cannot_write_over_its_successor(new_system: Callable[..., System], free_port: int) -> None:

@@ -15,13 +15,17 @@ import torch
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from confluent_kafka import Producer
 
+from stream.allocator import keep_freed_memory
+from stream.batch_producer import BatchProducer, asyncio_client_config
 from stream.kafka import producer_config
 from stream.model.engine import Engine
-from stream.wire import EventDecoder, RecordBlock, Schema
+from stream.store import PackedKeys
+from stream.transport import BlockFetcher
+from stream.wire import EventDecoder, PackedValues, RecordBlock, Schema
 from tests.bench.support.site import Site
 from tests.bench.support.workload import EPOCH_MS, Workload
 
-__all__ = ["consume", "decode", "produce", "recurrent"]
+__all__ = ["consume", "decode", "produce", "publish", "recurrent"]
 
 
 def _best(run: Callable[[], object], units: int, repeats: int = 20) -> float:
@@ -36,24 +40,26 @@ def _best(run: Callable[[], object], units: int, repeats: int = 20) -> float:
 
 
 def consume(site: Site, events: int) -> float:
-    """An aiokafka consumer's `getmany`, in batches as large as the worker's, over real records."""
+    """Blocks by the worker's fetcher, as large as the worker's, over real records."""
 
     async def read() -> float:
         topics = site.settings.topics
         consumer = AIOKafkaConsumer(
             bootstrap_servers=site.settings.kafka.bootstrap_servers, enable_auto_commit=False,
-            max_poll_records=site.settings.worker.batch_records, auto_offset_reset="earliest",
+            auto_offset_reset="earliest",
         )  # fmt: skip
         await consumer.start()
+        fetcher = BlockFetcher.take_over(consumer)
         try:
             consumer.assign([TopicPartition(topics.events, p) for p in range(topics.partitions)])
-            await consumer.getmany(timeout_ms=10_000)
+            most = site.settings.worker.batch_records
+            await fetcher.fetched_blocks(None, 10.0, most)
             seen, started = 0, time.process_time()
             while seen < events:
-                batches = await consumer.getmany(timeout_ms=5_000)
-                if not batches:
+                blocks = await fetcher.fetched_blocks(None, 5.0, most)
+                if not blocks:
                     break
-                seen += sum(map(len, batches.values()))
+                seen += sum(len(block.records) for block in blocks.values())
             return (time.process_time() - started) / max(1, seen) * 1e6
         finally:
             await consumer.stop()
@@ -112,3 +118,26 @@ def produce(site: Site, value_bytes: int, records: int) -> float:
     if producer.flush(120):
         raise RuntimeError("records were not confirmed")
     return (time.process_time() - started) / records * 1e6
+
+
+def publish(site: Site, value_bytes: int, records: int, batch: int) -> float:
+    """Records of that size as the worker publishes embeddings, `batch` to a call, until all are confirmed."""
+    keep_freed_memory()
+    topics = site.settings.topics
+    producer = BatchProducer(asyncio_client_config(site.settings), topics.embeddings, site.settings.kafka.compression)
+    rng = np.random.default_rng(4)
+    # States of a trained network hardly compress: neither do these.
+    values = PackedValues.from_list([rng.bytes(value_bytes) for _ in range(batch)])
+    keys = PackedKeys.from_list([f"c{i:05d}".encode() for i in range(batch)])
+    calls = max(1, records // batch)
+    try:
+        for partition in range(topics.partitions):
+            producer.send(partition, keys, values)
+        producer.flush(60)
+        started = time.process_time()
+        for i in range(calls):
+            producer.send(i % topics.partitions, keys, values)
+        producer.flush(120)
+        return (time.process_time() - started) / (calls * batch) * 1e6
+    finally:
+        producer.close()

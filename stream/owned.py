@@ -1,0 +1,142 @@
+"""A partition while this worker serves it: its rows, its changelog, and the parameters it is served with.
+
+Guaranteed: a checkpoint and a switch to another trunk never overlap, and neither overlaps a micro-batch. After a
+switch, the first checkpoint writes every row of the new trunk, and an end for each client that has none, in one
+transaction, once all their embeddings are published again; until then the changelog is wholly of the old trunk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from pathlib import Path
+
+import numpy as np
+
+from stream.changelog import ChangelogWriter, read_changelog
+from stream.checkpoint import Completed, run_checkpoint
+from stream.outputs import Outputs
+from stream.partition import Partition, Served
+from stream.restore import other_paths
+from stream.settings import Settings
+from stream.store import PackedKeys
+
+__all__ = ["OwnedPartition"]
+
+logger = logging.getLogger(__name__)
+
+_PUBLISH_ROWS = 1024
+
+
+class OwnedPartition:
+    """One partition of a worker.
+
+    Parameters
+    ----------
+    served: what its rows are advanced and its embeddings made with.
+    is_renewed: its rows are of a trunk that neither changelog nor embeddings topic have yet.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        layout: str,
+        partition: Partition,
+        writer: ChangelogWriter,
+        served: Served,
+        outputs: Outputs,
+        executor: Executor,
+        is_renewed: bool,
+    ) -> None:
+        self.partition = partition
+        self.writer = writer
+        self.served = served
+        self.is_renewed = is_renewed
+        #: Held by whoever applies a micro-batch, and by a switch.
+        self.turn = asyncio.Lock()
+        self._settings = settings
+        self._layout = layout
+        self._outputs = outputs
+        self._executor = executor
+        self._checkpointing = asyncio.Lock()
+
+    async def checkpoint(self, commit_position: Callable[[int], Awaitable[bool]], timeout_s: float) -> Completed:
+        """Write what changed; see `stream.checkpoint`.
+
+        Raises
+        ------
+        Fenced: another worker owns the partition now.
+        BrokerError: the broker did not confirm; the checkpoint can be tried again.
+        """
+        loop = asyncio.get_running_loop()
+        async with self._checkpointing:
+            ended = await self._renew() if self.is_renewed else []
+            done = await run_checkpoint(
+                self.partition,
+                self.writer,
+                trunk=self.served.engine.trunk_id,
+                layout=self._layout,
+                ended=ended,
+                publish_ended=self._publish_ended,
+                flush_outputs=self._outputs.flush,
+                commit_position=commit_position,
+                executor=self._executor,
+                timeout_s=timeout_s,
+            )
+            if self.is_renewed:
+                self.is_renewed = False
+                others = other_paths(self._settings, self.partition.number, self.served.engine.trunk_id)
+                await loop.run_in_executor(self._executor, _remove, others)
+        return done
+
+    async def switch(self, served: Served, finish: Callable[[int], Awaitable[Partition | None]]) -> bool:
+        """Go on with other rows, at the very offset up to which these were applied.
+
+        finish: brings the other rows to this offset; None if it could not.
+        """
+        async with self._checkpointing, self.turn:
+            partition = await finish(self.partition.position)
+            if partition is None:
+                return False
+            self.partition.store.close()
+            self.partition, self.served, self.is_renewed = partition, served, True
+        return True
+
+    def close(self) -> None:
+        """Let go of rows and changelog, without a checkpoint."""
+        self.writer.abort()
+        self.partition.store.close()
+
+    def _publish_ended(self, keys: list[bytes]) -> None:
+        self._outputs.tombstones(self.partition.number, PackedKeys.from_list(keys))
+
+    async def _renew(self) -> list[bytes]:
+        """Publish the embeddings of all rows; returns the clients of the changelog that have no row any more."""
+        number, store = self.partition.number, self.partition.store
+        loop = asyncio.get_running_loop()
+        for keys, found in store.scan(_PUBLISH_ROWS):
+            self._outputs.embeddings(number, keys, self.partition.embeddings(keys, found, self.served))
+            await asyncio.sleep(0)
+        ended = await loop.run_in_executor(self._executor, self._ended)
+        for start in range(0, len(ended), _PUBLISH_ROWS):
+            self._outputs.tombstones(number, PackedKeys.from_list(ended[start : start + _PUBLISH_ROWS]))
+            await asyncio.sleep(0)
+        logger.info("partition %d: all embeddings published under trunk %s", number, self.served.engine.trunk_id)
+        return ended
+
+    def _ended(self) -> list[bytes]:
+        ended: set[bytes] = set()
+        for batch in read_changelog(self._settings, self.partition.number, 0):
+            keys = [key for key, row in zip(batch.keys, batch.rows, strict=True) if row is not None]
+            if keys:
+                missing = np.flatnonzero(~self.partition.store.lookup(keys).found)
+                ended.update(keys[i] for i in missing.tolist())
+        return sorted(ended)
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test lint types unit clean
+.PHONY: run test lint types unit soak fuzz clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed, this is " + sys.version)'
@@ -27,6 +27,16 @@ types: $(READY)
 
 unit: $(READY)
 	$(BIN)/python -m pytest
+
+# A hundred random faults while events flow, then every topic and disk is checked; the same seed plays the same again.
+SEED ?= 1
+
+soak: $(READY)
+	$(BIN)/python -m tests.fault.soak --seed $(SEED)
+
+# A million fuzzed records among good ones.
+fuzz: $(READY)
+	$(BIN)/python -m tests.fault.fuzz --seed $(SEED)
 
 clean:
 	rm -rf $(VENV) data run build *.egg-info

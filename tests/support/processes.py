@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +14,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,6 +51,15 @@ class Livestate:
         assert self._process is not None
         return self._process
 
+    @property
+    def running(self) -> bool:
+        """Whether it was started and has not ended; a paused one runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def rss_bytes(self) -> int:
+        """Memory it holds now."""
+        return rss_bytes(self.process.pid)
+
     def kill(self) -> None:
         """SIGKILL, as a crash."""
         if self._process is not None and self._process.poll() is None:
@@ -83,15 +94,30 @@ class Livestate:
             print(self.text()[-8000:])
 
 
-def http_get(port: int, path: str) -> tuple[int, str]:
-    """(status, body) of a GET on 127.0.0.1; status 0 where nobody listens."""
+def rss_bytes(pid: int) -> int:
+    """Resident memory of a process."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"process {pid} has no memory: it has ended")
+
+
+def http_get(port: int, path: str, timeout_s: float = 5.0) -> tuple[int, str]:
+    """(status, body) of a GET on 127.0.0.1; status 0 where nobody answers."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=timeout_s) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError):
         return 0, ""
+
+
+def positions(port: int, timeout_s: float = 5.0) -> dict[int, int]:
+    """Next offset of each partition that a worker serves; none where it does not answer."""
+    status, body = http_get(port, "/v1/status", timeout_s)
+    found: dict[str, Any] = json.loads(body)["positions"] if status == 200 else {}
+    return {int(partition): int(position) for partition, position in found.items()}
 
 
 def metric(port: int, name: str) -> float:

@@ -8,6 +8,7 @@ Not guaranteed: exactly-once embeddings. After a crash some are published again,
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import threading
@@ -161,6 +162,9 @@ class Worker:
             loop = asyncio.get_running_loop()
             seconds = await loop.run_in_executor(self._executor, self._warm_up, latest)
             self._warm = True
+            # What there is now stays; the collector need not look at it again and again.
+            gc.collect()
+            gc.freeze()
             logger.info("kernels ready in %.1f s", seconds)
         return latest
 

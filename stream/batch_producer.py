@@ -44,6 +44,8 @@ __all__ = ["BatchProducer", "ProducerLimits", "asyncio_client_config"]
 
 logger = logging.getLogger(__name__)
 
+#: What comes within it goes together: a request costs as much as a hundred records.
+_LINGER_S = 0.003
 _BACKOFF_S = 0.1
 _LONGEST_BACKOFF_S = 1.0
 #: How often timeouts are looked at.
@@ -207,6 +209,7 @@ class _Sender:
             await self._start(client)
             while self._queue.failure is None:
                 await due.wait()
+                await asyncio.sleep(_LINGER_S)
                 due.clear()
                 with self._lock:
                     self._is_woken = False

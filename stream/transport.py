@@ -13,6 +13,7 @@ acknowledgements count messages, which here are batches.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ __all__ = ["EVENTS_ISOLATION", "BlockConsumer", "BlockFetcher", "BlockSchema", "
 EVENTS_ISOLATION = "read_committed"
 #: Of a block, where Faust is given no number: what `worker.batch_records` may be at most.
 _MOST_RECORDS = 65_536
+#: Small fetches are given out at most so often, unless they come to so many bytes together.
+_GATHER_S, _WORTH_BYTES = 0.01, 128 * 1024
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class _FetchedRecords:
         check_crcs: bool,
         isolation_level: int,
     ) -> None:
+        self.size = len(records.data)
         self.reader = RecordReader(
             records.data,
             fetch_offset,
@@ -103,6 +107,11 @@ class _FetchedRecords:
     @property
     def next_fetch_offset(self) -> int:
         return self.reader.position
+
+
+def _fetched_bytes(result: Any) -> int:
+    records = getattr(result, "_partition_records", None)
+    return 0 if records is None else int(records.size)
 
 
 class BlockFetcher(Fetcher):
@@ -123,6 +132,7 @@ class BlockFetcher(Fetcher):
 
     _ends: dict[TP, int]
     _moving: threading.Lock
+    _given_at: float
 
     @classmethod
     def take_over(cls, consumer: Any) -> BlockFetcher:
@@ -132,6 +142,7 @@ class BlockFetcher(Fetcher):
         fetcher.__class__ = cls
         fetcher._ends = {}
         fetcher._moving = threading.Lock()
+        fetcher._given_at = -math.inf
         return fetcher
 
     def seek_to(self, tp: Any, offset: int) -> None:
@@ -159,7 +170,10 @@ class BlockFetcher(Fetcher):
         while True:
             if self._subscriptions.reassignment_in_progress:
                 await self._subscriptions.wait_for_assignment()
+            await self._gather()
             found = self._take_blocks(partitions, max_records)
+            if found:
+                self._given_at = self._loop.time()
             left = deadline - self._loop.time()
             if found or left <= 0 or self._closed:
                 return found
@@ -170,6 +184,16 @@ class BlockFetcher(Fetcher):
                 waiter.result()
             else:
                 waiter.cancel()
+
+    async def _gather(self) -> None:
+        """Let small fetches come together, where the last ones were given out a moment ago.
+
+        At a steady rate each block, fetch and answer has its fixed cost; so there is a bound to how many there are.
+        After a pause nothing waits, and neither does what is worth a block by itself.
+        """
+        wait = self._given_at + _GATHER_S - self._loop.time()
+        if wait > 0 and self._records and sum(map(_fetched_bytes, self._records.values())) < _WORTH_BYTES:
+            await asyncio.sleep(wait)
 
     def _take_blocks(self, partitions: set[TP] | None, max_records: int) -> dict[TP, FetchedBlock]:
         found: dict[TP, FetchedBlock] = {}

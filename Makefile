@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test lint types unit soak fuzz clean
+.PHONY: run test lint types unit slow soak fuzz clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed, this is " + sys.version)'
@@ -27,6 +27,10 @@ types: $(READY)
 
 unit: $(READY)
 	$(BIN)/python -m pytest
+
+# Tests that wait for minutes: rolling deployment, back-pressure, deleted topics, restarted brokers.
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow
 
 # A hundred random faults while events flow, then every topic and disk is checked; the same seed plays the same again.
 SEED ?= 1

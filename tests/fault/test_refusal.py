@@ -66,6 +66,7 @@ def test_a_topic_that_refuses_stops_the_worker_and_loses_nothing(
     assert report.events + report.bad_records == publisher.published
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_deleted_dead_letters_topic_stops_the_worker_and_loses_nothing(
     apache_broker: Broker, new_site: Callable[..., Site]

@@ -295,6 +295,7 @@ def test_a_broker_that_was_never_there_makes_flush_raise(free_port: int, tmp_pat
             producer.flush(30.0)
 
 
+@pytest.mark.slow
 def test_a_restarted_broker_has_everything_once_and_in_order(own_apache: Broker) -> None:
     # Given a producer that goes on while its broker is killed and started again, twice
     settings = fresh_settings(own_apache, partitions=2)

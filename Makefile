@@ -28,7 +28,7 @@ types: $(READY)
 unit: $(READY)
 	$(BIN)/python -m pytest
 
-# Tests that wait for minutes: rolling deployment, back-pressure, deleted topics, restarted brokers.
+# Tests that wait for minutes: faults on Apache Kafka, rolling deployment, back-pressure, restarted brokers, …
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 

@@ -176,6 +176,7 @@ def test_dead_letters_carry_the_original_and_the_reason(broker: Broker) -> None:
     assert (key, value) == (b"k", b"no event")
 
 
+@pytest.mark.slow
 def test_flush_waits_only_for_what_came_before_it(broker: Broker) -> None:
     # Given a thread that flushes while another one goes on handing over
     settings = fresh_settings(broker)

@@ -209,7 +209,8 @@ def test_a_paused_worker_cannot_write_over_its_successor(new_system: Callable[..
         system.environment["LIVESTATE_WORKER__CHECKPOINT_INTERVAL_S"] = "0.3"
         with system.worker(second_port, "b") as second:
             # When another worker takes its partitions over and goes on
-            _ready(second_port)
+            # The group may first wait, for up to a minute, for the one that is paused
+            wait_for(lambda: http_get(second_port, "/readyz")[0] == 200, 150, "the second worker is ready")
             system.publish(400)
             wait_for(lambda: _passed(second_port) >= 800, 60, "the second worker has applied everything")
             wait_for(lambda: metric(second_port, "livestate_checkpoints_total") >= 2, 30, "and checkpointed it")

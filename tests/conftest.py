@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from stream.broker import ApacheBroker, Broker, EmbeddedBroker
+from tests.support import processes
 
 # As worker and trainer do: on few cores, threads of matrix products wait for each other.
 torch.set_num_threads(1)
@@ -59,7 +59,4 @@ def broker(request: pytest.FixtureRequest) -> Broker:
 @pytest.fixture
 def free_port() -> int:
     """A port that nobody listened on a moment ago."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
+    return processes.free_port()

@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 
 from stream.kafka import client_config
 from stream.wire import decode_embedding
-from tests.bench.support.site import Site, busy_seconds, cpu_seconds, free_port, machine, open_site, scrape
+from tests.bench.support.site import Site, busy_seconds, cpu_seconds, machine, open_site, scrape
 from tests.bench.support.stream import Publisher, Watcher
 from tests.bench.support.workload import Workload
-from tests.support.processes import Livestate, http_get, wait_for
+from tests.support.processes import Livestate, free_port, http_get, wait_for
 from tests.support.trunk import publish_version
 
 __all__ = ["main"]

@@ -8,7 +8,6 @@ allowed to end a worker.
 from __future__ import annotations
 
 import shutil
-import socket
 import time
 import uuid
 from collections import Counter
@@ -23,7 +22,7 @@ from stream.model.layout import Layout
 from stream.model.parameters import ParameterSet
 from stream.settings import Settings, load
 from stream.wire import Schema
-from tests.support.processes import Livestate, http_get, metric, positions, wait_for
+from tests.support.processes import Livestate, free_port, http_get, metric, positions, wait_for
 from tests.support.settings import write_settings
 from tests.support.trunk import publish_version, random_head, random_trunk
 
@@ -42,7 +41,7 @@ class Worker:
 
     def __init__(self, site: Site, name: str) -> None:
         self.name = name
-        self.port = _free_port()
+        self.port = free_port()
         self.data_dir = site.directory / f"data-{name}"
         self.process = Livestate(
             site.directory / f"worker-{name}.log",
@@ -241,10 +240,3 @@ class Site:
         if error is not None:
             for worker in self.workers.values():
                 print(f"---- worker {worker.name}\n{worker.process.text()[-6000:]}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from stream.broker import Broker
 from stream.errors import StoreError
 from stream.membership import Membership
 from stream.store import StoreLocked
+from tests.support import processes
 from tests.support.processes import http_get, metric, wait_for
 from tests.worker.conftest import System
 
@@ -53,12 +53,6 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         Membership(missing)
 
 
-def _another_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 def _position(port: int) -> int:
     status, body = http_get(port, "/v1/status")
     return sum(json.loads(body)["positions"].values()) if status == 200 else 0
@@ -94,7 +88,7 @@ def test_a_worker_that_is_told_to_stop_leaves_its_partitions_to_others(
     system = System(apache_broker, tmp_path)
     system.environment["LIVESTATE_KAFKA__SESSION_TIMEOUT_S"] = "120"
     system.publish_parameters()
-    other = _another_port()
+    other = processes.free_port()
     with system.worker(free_port, "a") as first, system.worker(other, "b") as second:
         wait_for(
             lambda: all(metric(port, "livestate_partitions_assigned") == 1 for port in (free_port, other)),

@@ -176,13 +176,13 @@ def test_dead_letters_carry_the_original_and_the_reason(broker: Broker) -> None:
     assert (key, value) == (b"k", b"no event")
 
 
-@pytest.mark.slow
 def test_flush_waits_only_for_what_came_before_it(broker: Broker) -> None:
     # Given a thread that flushes while another one goes on handing over
     settings = fresh_settings(broker)
     make_topic(settings, settings.topics.embeddings, 1)
     stop, flushed = threading.Event(), 0
-    with producing(settings) as producer:
+    # And little room for what is not confirmed, so that the backlog stays small
+    with producing(settings, ProducerLimits(unconfirmed_bytes=200_000)) as producer:
 
         def go_on() -> None:
             at = 0

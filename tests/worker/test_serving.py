@@ -15,6 +15,7 @@ from stream.broker import Broker
 from stream.kafka import producer_config
 from stream.partitioner import partition_of
 from stream.wire import decode_embedding, encode_event, encode_event_json
+from tests.support import processes
 from tests.support.processes import Livestate, http_get, metric, wait_for
 from tests.support.truth import check_partition, read_topic
 from tests.worker.conftest import System
@@ -200,7 +201,7 @@ def test_a_paused_worker_cannot_write_over_its_successor(new_system: Callable[..
     system = new_system()
     system.environment["LIVESTATE_WORKER__CHECKPOINT_INTERVAL_S"] = "3600"
     system.publish_parameters()
-    first, second_port = system.worker(free_port, "a"), free_port + 1
+    first, second_port = system.worker(free_port, "a"), processes.free_port()
     with first:
         _ready(free_port)
         system.publish(400)
@@ -209,8 +210,7 @@ def test_a_paused_worker_cannot_write_over_its_successor(new_system: Callable[..
         system.environment["LIVESTATE_WORKER__CHECKPOINT_INTERVAL_S"] = "0.3"
         with system.worker(second_port, "b") as second:
             # When another worker takes its partitions over and goes on
-            # The group may first wait, for up to a minute, for the one that is paused
-            wait_for(lambda: http_get(second_port, "/readyz")[0] == 200, 150, "the second worker is ready")
+            _ready(second_port)
             system.publish(400)
             wait_for(lambda: _passed(second_port) >= 800, 60, "the second worker has applied everything")
             wait_for(lambda: metric(second_port, "livestate_checkpoints_total") >= 2, 30, "and checkpointed it")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
@@ -30,7 +29,6 @@ __all__ = [
     "busy_seconds",
     "choose_broker",
     "cpu_seconds",
-    "free_port",
     "machine",
     "on_cores",
     "open_site",
@@ -128,13 +126,6 @@ def open_site(
             yield Site(running, directory / prefix, memory_floats, hidden, overrides or {}, topics)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def free_port() -> int:
-    """A port that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def scrape(port: int) -> dict[str, float]:

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test lint types unit slow soak fuzz clean
+.PHONY: run test lint types unit soak fuzz clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed, this is " + sys.version)'
@@ -25,12 +25,9 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# Two at a time, a file each: most of the time is spent waiting for brokers and workers.
 unit: $(READY)
-	$(BIN)/python -m pytest
-
-# Tests that wait for minutes: faults on Apache Kafka, rolling deployment, back-pressure, restarted brokers, …
-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # A hundred random faults while events flow, then every topic and disk is checked; the same seed plays the same again.
 SEED ?= 1

@@ -19,7 +19,6 @@ def test_the_store_bench_tells_every_figure(capsys: pytest.CaptureFixture[str]) 
     assert 0 <= figures["sketch_early_share"] <= figures["sketch_early_share_at_twice_the_load"] < 1
 
 
-@pytest.mark.slow
 def test_the_growth_bench_tells_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--rows", "20000", "--memory-rows", "2000", "--sweep-rows", "4000", "--batches", "6", "--warm-up", "6"]
     growth.main(sizes)

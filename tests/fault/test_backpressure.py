@@ -29,7 +29,6 @@ def _buckets(worker: Worker, name: str) -> dict[float, float]:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_backlog_shows_as_lag_and_is_worked_off_in_bounded_batches(
     apache_broker: Broker, new_site: Callable[..., Site]
@@ -63,7 +62,6 @@ def test_a_backlog_shows_as_lag_and_is_worked_off_in_bounded_batches(
     assert not verify(site, aborted_are_hidden=True).problems
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_broker_that_stands_still_bounds_memory_and_is_waited_for(
     apache_broker: Broker, new_site: Callable[..., Site]

@@ -33,7 +33,7 @@ def _delete(site: Site, topic: str) -> None:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("role", ["embeddings", pytest.param("dead_letters", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("role", ["embeddings", "dead_letters"])
 def test_a_topic_that_refuses_stops_the_worker_and_loses_nothing(
     apache_broker: Broker, new_site: Callable[..., Site], role: Literal["embeddings", "dead_letters"]
 ) -> None:
@@ -66,7 +66,6 @@ def test_a_topic_that_refuses_stops_the_worker_and_loses_nothing(
     assert report.events + report.bad_records == publisher.published
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_deleted_dead_letters_topic_stops_the_worker_and_loses_nothing(
     apache_broker: Broker, new_site: Callable[..., Site]

@@ -13,7 +13,6 @@ from tests.fault.source import Publisher, Source
 from tests.fault.verifier import verify
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_replacing_three_workers_one_by_one_loses_and_doubles_nothing(
     apache_broker: Broker, new_site: Callable[..., Site]

@@ -26,7 +26,6 @@ def _check(outcome: Outcome, faults: int) -> None:
     assert report.disk_rows > 0
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_faults_on_apache_kafka_lose_and_double_nothing(mortal_broker: Broker, new_site: Callable[..., Site]) -> None:
     # Given two workers and events that keep coming

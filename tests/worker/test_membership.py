@@ -80,7 +80,6 @@ def test_a_killed_worker_is_back_before_its_session_ends(apache_broker: Broker, 
         assert worker.stop() == 0
 
 
-@pytest.mark.slow
 def test_a_worker_that_is_told_to_stop_leaves_its_partitions_to_others(
     apache_broker: Broker, free_port: int, tmp_path: Path
 ) -> None:

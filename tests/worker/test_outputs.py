@@ -33,8 +33,6 @@ from tests.conftest import apache_home
 
 pytestmark = pytest.mark.timeout(180)
 
-CODECS = get_args(Codec)
-
 Read = list[tuple[bytes, bytes | None, int, int]]
 
 
@@ -116,9 +114,7 @@ def own_apache(tmp_path: Path) -> Iterator[Broker]:
         yield broker
 
 
-@pytest.mark.parametrize(
-    "codec", [codec if codec in ("none", "lz4") else pytest.param(codec, marks=pytest.mark.slow) for codec in CODECS]
-)
+@pytest.mark.parametrize("codec", get_args(Codec))
 def test_what_is_flushed_can_be_read_in_order(broker: Broker, codec: str) -> None:
     # Given embeddings and tombstones of several partitions, in micro-batches of very different sizes
     settings = fresh_settings(broker, codec)
@@ -300,7 +296,6 @@ def test_a_broker_that_was_never_there_makes_flush_raise(free_port: int, tmp_pat
             producer.flush(30.0)
 
 
-@pytest.mark.slow
 def test_a_restarted_broker_has_everything_once_and_in_order(own_apache: Broker) -> None:
     # Given a producer that goes on while its broker is killed and started again, twice
     settings = fresh_settings(own_apache, partitions=2)
@@ -325,7 +320,6 @@ def test_a_restarted_broker_has_everything_once_and_in_order(own_apache: Broker)
         assert [int((value or b"").split()[0]) for _, value, *_ in found] == list(range(at))
 
 
-@pytest.mark.slow
 def test_a_request_whose_answer_is_late_is_repeated_without_a_duplicate(own_apache: Broker) -> None:
     # Given a broker that stands still for longer than a request may take, with a request in its socket
     settings = fresh_settings(own_apache, partitions=1)

@@ -79,7 +79,7 @@ def test_rows_are_rebuilt_beside_live_traffic(new_system: Callable[..., System],
     assert sorted(left) == sorted(f"partition-{p}-{new.trunk_id}" for p in range(2))
 
 
-@pytest.mark.parametrize("moment", ["during", pytest.param("before", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moment", ["during", "before"])
 def test_a_kill_on_the_way_changes_nothing(new_system: Callable[..., System], free_port: int, moment: str) -> None:
     # Given a worker that serves the states of one trunk, some of them ahead of its checkpoint
     system = new_system()

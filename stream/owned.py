@@ -19,7 +19,7 @@ import numpy as np
 from stream.changelog import ChangelogWriter, read_changelog
 from stream.checkpoint import Completed, run_checkpoint
 from stream.outputs import Outputs
-from stream.partition import Partition, Served
+from stream.partition import Partition, Served, Serving
 from stream.restore import other_paths
 from stream.settings import Settings
 from stream.store import PackedKeys
@@ -36,7 +36,7 @@ class OwnedPartition:
 
     Parameters
     ----------
-    served: what its rows are advanced and its embeddings made with.
+    serving: of the trunk of its rows.
     is_renewed: its rows are of a trunk that neither changelog nor embeddings topic have yet.
     """
 
@@ -46,14 +46,14 @@ class OwnedPartition:
         layout: str,
         partition: Partition,
         writer: ChangelogWriter,
-        served: Served,
+        serving: Serving,
         outputs: Outputs,
         executor: Executor,
         is_renewed: bool,
     ) -> None:
         self.partition = partition
         self.writer = writer
-        self.served = served
+        self.serving = serving
         self.is_renewed = is_renewed
         #: Held by whoever applies a micro-batch, and by a switch.
         self.turn = asyncio.Lock()
@@ -62,6 +62,11 @@ class OwnedPartition:
         self._outputs = outputs
         self._executor = executor
         self._checkpointing = asyncio.Lock()
+
+    @property
+    def served(self) -> Served:
+        """What its rows are advanced and its embeddings made with now."""
+        return self.serving.latest
 
     async def checkpoint(self, commit_position: Callable[[int], Awaitable[bool]], timeout_s: float) -> Completed:
         """Write what changed; see `stream.checkpoint`.
@@ -92,7 +97,7 @@ class OwnedPartition:
                 await loop.run_in_executor(self._executor, _remove, others)
         return done
 
-    async def switch(self, served: Served, finish: Callable[[int], Awaitable[Partition | None]]) -> bool:
+    async def switch(self, serving: Serving, finish: Callable[[int], Awaitable[Partition | None]]) -> bool:
         """Go on with other rows, at the very offset up to which these were applied.
 
         finish: brings the other rows to this offset; None if it could not.
@@ -102,7 +107,7 @@ class OwnedPartition:
             if partition is None:
                 return False
             self.partition.store.close()
-            self.partition, self.served, self.is_renewed = partition, served, True
+            self.partition, self.serving, self.is_renewed = partition, serving, True
         return True
 
     def close(self) -> None:
@@ -120,9 +125,13 @@ class OwnedPartition:
         for keys, found in store.scan(_PUBLISH_ROWS):
             self._outputs.embeddings(number, keys, self.partition.embeddings(keys, found, self.served))
             await asyncio.sleep(0)
-        ended = await loop.run_in_executor(self._executor, self._ended)
-        for start in range(0, len(ended), _PUBLISH_ROWS):
-            self._outputs.tombstones(number, PackedKeys.from_list(ended[start : start + _PUBLISH_ROWS]))
+        ended: list[bytes] = []
+        absent = await loop.run_in_executor(self._executor, self._ended)
+        for start in range(0, len(absent), _PUBLISH_ROWS):
+            # Those that have come back meanwhile have an embedding that must stay.
+            still = self._without_rows(absent[start : start + _PUBLISH_ROWS])
+            self._publish_ended(still)
+            ended += still
             await asyncio.sleep(0)
         logger.info("partition %d: all embeddings published under trunk %s", number, self.served.engine.trunk_id)
         return ended
@@ -131,10 +140,14 @@ class OwnedPartition:
         ended: set[bytes] = set()
         for batch in read_changelog(self._settings, self.partition.number, 0):
             keys = [key for key, row in zip(batch.keys, batch.rows, strict=True) if row is not None]
-            if keys:
-                missing = np.flatnonzero(~self.partition.store.lookup(keys).found)
-                ended.update(keys[i] for i in missing.tolist())
+            ended.update(self._without_rows(keys))
         return sorted(ended)
+
+    def _without_rows(self, keys: list[bytes]) -> list[bytes]:
+        if not keys:
+            return []
+        missing = np.flatnonzero(~self.partition.store.lookup(keys).found)
+        return [keys[i] for i in missing.tolist()]
 
 
 def _remove(paths: list[Path]) -> None:

@@ -25,7 +25,7 @@ from stream.store import EmbeddingStore, Lookup, PackedKeys
 from stream.transport import FetchedBlock
 from stream.wire import EmbeddingEncoder, EventColumns, EventDecoder, PackedValues, RecordBlock, Rejected
 
-__all__ = ["Applied", "Partition", "Served"]
+__all__ = ["Applied", "Partition", "Served", "Serving"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,16 @@ class Served:
         if layout.settings.model.vector != "features":
             return hidden
         return self.questions.readout.features(hidden, rows[:, layout.hidden :], now_ms)
+
+
+@dataclass
+class Serving:
+    """What all rows of one trunk are served with; whoever has rows of it finds the latest here.
+
+    `latest` is replaced as a whole, between micro-batches, by another of the same engine.
+    """
+
+    latest: Served
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from concurrent.futures import Executor
 from stream.errors import BrokerError
 from stream.metrics import WorkerMetrics
 from stream.owned import OwnedPartition
-from stream.partition import Partition, Served
+from stream.partition import Partition, Served, Serving
 from stream.rebuild import Rebuild
 from stream.versions import Versions
 
@@ -55,7 +55,7 @@ class Renewal:
         self._executor = executor
         self._stopping = stopping
 
-    def rebuilt(self, number: int, latest: Served) -> Partition:
+    def rebuilt(self, number: int, served: Served) -> Partition:
         """A partition that nothing is served from yet, under a trunk that its changelog does not have; blocks.
 
         Raises
@@ -63,7 +63,7 @@ class Renewal:
         BrokerError: the events cannot be read, or the worker is told to stop.
         """
         logger.info("partition %d: its states are of another trunk and are rebuilt", number)
-        rebuild = self._begin(number, latest)
+        rebuild = self._begin(number, served)
         try:
             if not rebuild.run(rebuild.log_end, self._stopping, self._metrics.rebuilt.inc):
                 raise BrokerError(f"partition {number} was not rebuilt before the worker was told to stop")
@@ -76,25 +76,24 @@ class Renewal:
         """Rebuild what is outdated, for ever."""
         while True:
             await asyncio.sleep(_POLL_S)
-            outdated, latest = self._versions.outdated(), self._versions.latest
+            outdated, serving = self._versions.outdated(), self._versions.serving
             self._metrics.rebuilding.set(len(outdated))
-            if not outdated or latest is None:
+            if not outdated or serving is None:
                 continue
             number, owned = outdated[0]
             try:
-                if await self._renew(number, owned, latest):
-                    logger.info("partition %d goes on under trunk %s", number, latest.engine.trunk_id)
+                if await self._renew(number, owned, serving):
+                    logger.info("partition %d goes on under trunk %s", number, serving.latest.engine.trunk_id)
                     self._versions.note()
             except BrokerError as error:
                 logger.warning("the rebuild of partition %d is tried again: %s", number, error)
 
-    async def _renew(self, number: int, owned: OwnedPartition, latest: Served) -> bool:
+    async def _renew(self, number: int, owned: OwnedPartition, serving: Serving) -> bool:
         loop = asyncio.get_running_loop()
-        rebuild = await loop.run_in_executor(self._executor, self._begin, number, latest)
+        rebuild = await loop.run_in_executor(self._executor, self._begin, number, serving.latest)
 
         def is_wanted() -> bool:
-            newest = self._versions.latest
-            return self._owned.get(number) is owned and newest is not None and newest.engine is latest.engine
+            return self._owned.get(number) is owned and self._versions.serving is serving
 
         async def advance(stop: int) -> bool:
             return await loop.run_in_executor(
@@ -114,7 +113,7 @@ class Renewal:
                 if not await advance(stop):
                     return False
             if is_wanted():
-                switched = await owned.switch(self._versions.latest or latest, finish)
+                switched = await owned.switch(serving, finish)
         finally:
             if not switched:
                 await loop.run_in_executor(self._executor, rebuild.discard)

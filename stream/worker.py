@@ -32,7 +32,7 @@ from stream.model.layout import Layout
 from stream.outputs import Outputs
 from stream.owned import OwnedPartition
 from stream.parameter_log import ParameterReader
-from stream.partition import Applied, Partition, Served
+from stream.partition import Applied, Partition, Served, Serving
 from stream.partitioner import partition_of
 from stream.query import ClientView, Health, QueryServer
 from stream.rebuild import Rebuild
@@ -156,17 +156,17 @@ class Worker:
 
     # ---------------------------------------------------------------- parameters
 
-    async def _first_version(self) -> Served:
-        latest = await self._versions.first()
+    async def _first_version(self) -> Serving:
+        serving = await self._versions.first()
         if not self._warm:
             loop = asyncio.get_running_loop()
-            seconds = await loop.run_in_executor(self._executor, self._warm_up, latest)
+            seconds = await loop.run_in_executor(self._executor, self._warm_up, serving.latest)
             self._warm = True
             # What there is now stays; the collector need not look at it again and again.
             gc.collect()
             gc.freeze()
             logger.info("kernels ready in %.1f s", seconds)
-        return latest
+        return serving
 
     def _warm_up(self, served: Served) -> float:
         return warm_up(
@@ -178,28 +178,28 @@ class Worker:
             Path(self.settings.worker.data_dir),
         )
 
-    def _new_rebuild(self, number: int, latest: Served) -> Rebuild:
-        return Rebuild(self.settings, number, latest, self._decoder, self._encoder)
+    def _new_rebuild(self, number: int, served: Served) -> Rebuild:
+        return Rebuild(self.settings, number, served, self._decoder, self._encoder)
 
     # ---------------------------------------------------------------- ownership
 
     async def _on_assigned(self, *_: Any, **__: Any) -> None:
         """Restore the partitions assigned; Faust resumes the streams when this returns."""
         try:
-            latest = await self._first_version()
+            serving = await self._first_version()
             async with self._changing_hands:
-                await self._take_over(latest)
+                await self._take_over(serving)
         except Exception as error:
             self._fail(error)
             raise
 
-    async def _take_over(self, latest: Served) -> None:
+    async def _take_over(self, serving: Serving) -> None:
         numbers = self._assigned()
         self.metrics.rebalances.inc()
         loop = asyncio.get_running_loop()
         missing = [number for number in numbers if number not in self._owned]
         restored = await asyncio.gather(
-            *(loop.run_in_executor(self._executor, self._restore, number, latest) for number in missing),
+            *(loop.run_in_executor(self._executor, self._restore, number, serving) for number in missing),
             return_exceptions=True,
         )
         still = self._assigned()
@@ -231,12 +231,12 @@ class Worker:
             if self._is_events(tp) and tp.partition in self._owned
         }
 
-    def _restore(self, number: int, latest: Served) -> OwnedPartition:
+    def _restore(self, number: int, serving: Serving) -> OwnedPartition:
         restored = restore_partition(
             self.settings,
             number,
             width=self.layout.width,
-            trunk=latest.engine.trunk_id,
+            trunk=serving.latest.engine.trunk_id,
             layout=self.layout.fingerprint,
         )
         self.metrics.restored_rows.inc(restored.rows)
@@ -246,7 +246,7 @@ class Worker:
         )
         is_renewed = restored.store is None
         if restored.store is None:
-            partition = self._renewal.rebuilt(number, latest)
+            partition = self._renewal.rebuilt(number, serving.latest)
         else:
             partition = Partition(number, restored.store, restored.position, self._decoder, self._encoder)
         return OwnedPartition(
@@ -254,7 +254,7 @@ class Worker:
             self.layout.fingerprint,
             partition,
             restored.writer,
-            latest,
+            serving,
             self._outputs,
             self._executor,
             is_renewed,
@@ -398,7 +398,7 @@ class Worker:
     def health(self) -> Health:
         """Whether this worker lives and whether it is ready, with the reason when it is not."""
         reasons = []
-        if self._versions.latest is None:
+        if self._versions.serving is None:
             reasons.append("no parameters yet: is the trainer running?")
         if not self._restored:
             reasons.append("partitions are being assigned and restored")

@@ -20,6 +20,7 @@ import signal
 import socket
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -35,7 +36,7 @@ HOST = "127.0.0.1"
 PORT_ATTEMPTS = 5
 
 
-class Broker:
+class Broker(ABC):
     """One broker process; a context manager that starts and stops it.
 
     Parameters
@@ -137,8 +138,9 @@ class Broker:
     ) -> None:
         self.stop()
 
+    @abstractmethod
     def _command(self) -> list[str]:
-        raise NotImplementedError
+        """What starts it."""
 
     def _environment(self) -> dict[str, str]:
         return dict(os.environ)
@@ -190,16 +192,9 @@ class Broker:
                     f"{self.name} ended with status {self._process.returncode} before it answered on "
                     f"{self.bootstrap_servers}; its log {self.log_path} ends with: {self._log_tail()}"
                 )
-            if self._accepts():
-                # A port that was taken by another broker would answer too: only our own running process
-                # counts.
-                try:
-                    metadata(kafka, timeout_s=2.0)
-                except BrokerError:
-                    pass
-                else:
-                    if self._process.poll() is None:
-                        return
+            # A port that was taken by another broker would answer too: only our own running process counts.
+            if self._accepts() and _answers(kafka) and self._process.poll() is None:
+                return
             if time.monotonic() > deadline:
                 raise BrokerError(
                     f"{self.name} did not answer on {self.bootstrap_servers} in {self.start_timeout_s:g} s; "
@@ -242,6 +237,15 @@ class Broker:
                 self._process.kill()
                 self._process.wait()
         self._process = None
+
+
+def _answers(kafka: Kafka) -> bool:
+    """Whether a broker answers already; one that has only begun to listen does not."""
+    try:
+        metadata(kafka, timeout_s=2.0)
+    except BrokerError:
+        return False
+    return True
 
 
 class EmbeddedBroker(Broker):

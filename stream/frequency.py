@@ -64,7 +64,7 @@ class FrequencyFilter:
             own = piece[admission.admitted[: admission.stop]]
             held = [_unpack(payload) for _, payloads in admission.released for payload in payloads]
             if held:
-                clients = [keys.take(np.array([i])).to_list()[0] for i, some in admission.released for _ in some]
+                clients = [keys[i] for i, some in admission.released for _ in some]
                 merged = _merge(records, own, clients, held)
                 # They were decoded before, but under settings that may have been others.
                 decoded = self._decoder.decode(merged)

@@ -51,6 +51,12 @@ class _Ranking:
         self._starts = np.flatnonzero(new)
 
     def auc(self, weights: Floats | None = None) -> float:
+        """Area under the ROC curve; NaN where there are not both kinds of labels.
+
+        Parameters
+        ----------
+        weights: (n,) of the examples, in their original order; all 1 if not given.
+        """
         if not len(self._positive):
             return float("nan")
         weight = np.ones(len(self._positive)) if weights is None else weights[self._order]

@@ -228,10 +228,9 @@ class TrainerService:
         ]
         self._find_ends(assigned)
         consumer.assign(assigned)
-        if self._publisher is not None and self._publisher.current is not None:
-            if self._publisher.current.trunk_id != trainer.parameters.trunk_id:
-                self._behind.clear()
-        elif not self._takes_over:
+        published = self._publisher.current if self._publisher is not None else None
+        if not self._takes_over and (published is None or published.trunk_id != trainer.parameters.trunk_id):
+            # There is no version that an earlier one could follow.
             self._behind.clear()
         checkpoints = _Timer(settings.trainer.checkpoint_interval_s)
         checkpoints.is_due(self._monotonic())

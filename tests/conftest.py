@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
 from stream.broker import ApacheBroker, Broker, EmbeddedBroker
 from tests.support import processes
+from tests.support.brokers import require_apache
 
 # As worker and trainer do: on few cores, threads of matrix products wait for each other.
 torch.set_num_threads(1)
-
-BESIDE = Path(__file__).resolve().parents[2] / "shared" / "kafka"
-
-
-def apache_home() -> Path:
-    """The Apache Kafka distribution to test on; skips where there is none, and fails in CI."""
-    home = Path(os.environ["KAFKA_HOME"]) if os.environ.get("KAFKA_HOME") else BESIDE
-    if not (home / "bin" / "kafka-server-start.sh").is_file() or shutil.which("java") is None:
-        text = "Apache Kafka is not here: set KAFKA_HOME to a distribution and install Java 17"
-        if os.environ.get("CI") == "true":
-            pytest.fail(text)
-        pytest.skip(text)
-    return home
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +26,7 @@ def embedded_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker
 def apache_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     """One running Apache Kafka node for the session; tests take topics of their own."""
     with ApacheBroker(
-        apache_home(),
+        require_apache(),
         tmp_path_factory.mktemp("apache"),
         # Tests kill workers: nobody should wait long until the group notices.
         properties={"group.min.session.timeout.ms": "1000"},

@@ -97,8 +97,11 @@ def test_publishing_and_reading_with_kcat(apache_broker: Broker, tmp_path: Path)
     publish, read = block.split("\nkcat -C")
     with _system(apache_broker, tmp_path, {"LIVESTATE_TOPICS__EMBEDDINGS_FORMAT": "json"}):
         _run(["bash", "-c"], publish, apache_broker)
-        wait_for(
-            lambda: '901 {"client_id":"901"' in _run(["bash", "-c"], "kcat -C" + read, apache_broker),
-            60,
-            "the embedding is there",
-        )
+        shown: list[str] = []
+
+        def is_there() -> bool:
+            shown.append(_run(["bash", "-c"], "kcat -C" + read, apache_broker))
+            return bool(shown[-1].strip())
+
+        wait_for(is_there, 60, "an embedding is there")
+        assert '901 {"client_id":"901"' in shown[-1]

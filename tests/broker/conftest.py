@@ -1,7 +1,5 @@
 """Real brokers: the embedded one everywhere, Apache Kafka where a distribution and Java are present."""
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,25 +8,7 @@ import pytest
 
 from stream.broker import ApacheBroker, Broker, EmbeddedBroker
 from stream.settings import Kafka, Settings, parse
-
-BESIDE = Path(__file__).resolve().parents[2].parent / "shared" / "kafka"
-
-
-def apache_home() -> Path | None:
-    """The Apache Kafka distribution to test on, or None where it cannot run."""
-    home = Path(os.environ["KAFKA_HOME"]) if os.environ.get("KAFKA_HOME") else BESIDE
-    usable = (home / "bin" / "kafka-server-start.sh").is_file() and shutil.which("java")
-    return home if usable else None
-
-
-def require_apache() -> Path:
-    home = apache_home()
-    if home is None:
-        text = "Apache Kafka is not here: set KAFKA_HOME to a distribution and install Java 17"
-        if os.environ.get("CI") == "true":
-            pytest.fail(text)
-        pytest.skip(text)
-    return home
+from tests.support.brokers import require_apache
 
 
 @pytest.fixture(params=["embedded", "apache"])

@@ -15,7 +15,8 @@ from stream.broker import ApacheBroker, Broker, EmbeddedBroker
 from stream.errors import BrokerError
 from stream.kafka import client_config, ensure_topics, metadata, producer_config
 from stream.settings import Kafka
-from tests.broker.conftest import require_apache, settings_for
+from tests.broker.conftest import settings_for
+from tests.support.brokers import require_apache
 
 pytestmark = pytest.mark.timeout(120)
 

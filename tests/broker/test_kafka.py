@@ -10,7 +10,6 @@ from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, Resourc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream.broker import ApacheBroker, Broker
 from stream.errors import BrokerError, TopicError
 from stream.kafka import (
     client_config,
@@ -128,9 +127,9 @@ def test_a_parameters_topic_of_several_partitions_is_refused(settings: Settings)
         ensure_topics(settings, create=True)
 
 
-def test_policies_are_as_planned(settings: Settings, shared_broker: Broker) -> None:
-    if not isinstance(shared_broker, ApacheBroker):
-        pytest.skip("the embedded broker neither keeps nor needs cleanup policies: it ends with the process")
+# The embedded broker neither keeps nor needs cleanup policies: it ends with the process.
+@pytest.mark.parametrize("shared_broker", ["apache"], indirect=True)
+def test_policies_are_as_planned(settings: Settings) -> None:
     ensure_topics(settings, create=True)
     admin = AdminClient(client_config(settings))
     for plan in topic_plans(settings):
@@ -139,9 +138,8 @@ def test_policies_are_as_planned(settings: Settings, shared_broker: Broker) -> N
         assert {name: config[name].value for name in plan.config} == plan.config
 
 
-def test_a_changelog_that_is_not_compacted_is_refused(settings: Settings, shared_broker: Broker) -> None:
-    if not isinstance(shared_broker, ApacheBroker):
-        pytest.skip("the embedded broker neither keeps nor needs cleanup policies: it ends with the process")
+@pytest.mark.parametrize("shared_broker", ["apache"], indirect=True)
+def test_a_changelog_that_is_not_compacted_is_refused(settings: Settings) -> None:
     admin = AdminClient(client_config(settings))
     topic = NewTopic(settings.topics.changelog, 4, replication_factor=1, config={"cleanup.policy": "delete"})
     for made in admin.create_topics([topic]).values():

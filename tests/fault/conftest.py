@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from stream.broker import ApacheBroker, Broker
-from tests.conftest import apache_home
 from tests.fault.site import Site
+from tests.support.brokers import require_apache
 
 
 @pytest.fixture
 def mortal_broker(tmp_path: Path) -> Iterator[Broker]:
     """An Apache Kafka node that the test may kill and start again."""
-    with ApacheBroker(apache_home(), tmp_path / "broker") as broker:
+    with ApacheBroker(require_apache(), tmp_path / "broker") as broker:
         yield broker
 
 

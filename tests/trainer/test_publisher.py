@@ -12,7 +12,7 @@ from stream.broker import ApacheBroker, Broker, EmbeddedBroker
 from stream.errors import BrokerError, Fenced
 from stream.model.parameters import Tensor
 from stream.parameter_log import MARKER_KEY
-from tests.conftest import apache_home
+from tests.support.brokers import require_apache
 from trainer.publisher import Publisher, read_latest
 
 from .conftest import LiveShop, NewShop
@@ -114,7 +114,7 @@ def own_broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Broke
     made: Broker = (
         EmbeddedBroker(tmp_path / "broker")
         if request.param == "embedded"
-        else ApacheBroker(apache_home(), tmp_path / "broker")
+        else ApacheBroker(require_apache(), tmp_path / "broker")
     )
     with made:
         yield made
@@ -156,7 +156,7 @@ def test_a_version_that_is_not_confirmed_is_sent_again_the_same(own_broker: Brok
 
 def test_versions_survive_a_broker_that_is_killed_and_started_again(tmp_path: Path) -> None:
     # Given a broker that keeps its topics, killed while a version waits
-    with ApacheBroker(apache_home(), tmp_path / "broker") as broker:
+    with ApacheBroker(require_apache(), tmp_path / "broker") as broker:
         shop = LiveShop(broker, tmp_path)
         publisher = Publisher(shop.settings, timeout_s=2.0)
         publisher.publish(tensors(0.1), [], 0)

@@ -355,7 +355,10 @@ def test_a_flood_of_feedback_without_events_is_not_read_further_than_its_bound(
         # When far more comes than that, in small fetches
         for start in range(0, len(feedback), 10):
             live.publish(live.settings.topics.feedback, feedback[start : start + 10])
-        wait_for(lambda: trainer.sample("livestate_pending_feedback") >= 20, 30, "feedback waits")
+        lag = {"topic": live.settings.topics.feedback}
+        wait_for(lambda: trainer.sample("livestate_trainer_lag_events", **lag) > 0, 30, "feedback waits in its topic")
+        # Then it has taken little more than there is room for
+        assert 20 <= trainer.sample("livestate_pending_feedback") < 100
         # Then the rest is read when the events are there, and nothing is lost
         live.publish(live.settings.topics.events, events)
         trainer.wait(LEARNED, 200, task="redeemed")

@@ -29,7 +29,7 @@ from stream.store import PackedKeys
 from stream.wire import EmbeddingEncoder, PackedValues, RecordBlock, Rejected, decode_embedding
 from stream.wire.record_batch import Codec
 from tests.broker.conftest import settings_for
-from tests.conftest import apache_home
+from tests.support.brokers import require_apache
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -110,7 +110,7 @@ def send(producer: BatchProducer, partition: int, keys: list[bytes], values: lis
 @pytest.fixture
 def own_apache(tmp_path: Path) -> Iterator[Broker]:
     """An Apache Kafka node that a test may stop and kill."""
-    with ApacheBroker(apache_home(), tmp_path / "broker") as broker:
+    with ApacheBroker(require_apache(), tmp_path / "broker") as broker:
         yield broker
 
 
@@ -253,7 +253,7 @@ def test_a_partition_that_the_topic_does_not_have_is_reported(broker: Broker) ->
 @pytest.mark.parametrize("kind", [EmbeddedBroker, ApacheBroker])
 def test_a_broker_that_is_gone_makes_calls_wait_and_flush_raise(kind: type[Broker], tmp_path: Path) -> None:
     # Given a producer that has been confirmed something
-    broker = EmbeddedBroker(tmp_path) if kind is EmbeddedBroker else ApacheBroker(apache_home(), tmp_path)
+    broker = EmbeddedBroker(tmp_path) if kind is EmbeddedBroker else ApacheBroker(require_apache(), tmp_path)
     limits = ProducerLimits(batch_bytes=20_000, unconfirmed_bytes=100_000, delivery_s=6.0)
     with broker:
         settings = fresh_settings(broker, "none")

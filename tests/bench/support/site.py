@@ -21,6 +21,7 @@ from stream.model.layout import Layout
 from stream.settings import Settings, load
 from stream.wire import Schema
 from tests.bench.support.workload import random_parameters, settings_text
+from tests.support.brokers import apache_home
 from tests.support.processes import Livestate, http_get
 from tests.support.trunk import publish_version
 
@@ -37,13 +38,6 @@ __all__ = [
 
 ROOT = Path(__file__).resolve().parents[3]
 _TOPICS = ("events", "feedback", "embeddings", "changelog", "parameters", "dead_letters")
-
-
-def apache_home() -> Path | None:
-    """KAFKA_HOME, or the distribution beside the repository, where it and Java are there."""
-    home = Path(os.environ.get("KAFKA_HOME") or ROOT.parent / "shared" / "kafka")
-    usable = (home / "bin" / "kafka-server-start.sh").is_file() and shutil.which("java") is not None
-    return home if usable else None
 
 
 def choose_broker(kind: str, directory: Path) -> Broker:

@@ -52,7 +52,8 @@ def _add_rebuild(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         "rebuild",
         help="bring a new trunk in: learn beside the running trainer, then take over from it",
         description="Reads all events and feedback under another trunk, beside the trainer that runs. When it has "
-        "caught up it takes over: the other trainer ends when it next wants to publish, and this one goes on in its place. Each worker then "
+        "caught up it takes over: the other trainer ends when it next wants to publish, and this one goes on in its "
+        "place. Each worker then "
         "recomputes its states from the events, beside its live traffic, and switches each partition at one offset.",
         epilog="example: livestate rebuild --settings shop.toml --trunk next.msgpack",
     )

@@ -114,9 +114,15 @@ class ChangelogWriter:
                     produce(topic, row, key, partition, on_delivery)
                     break
                 except BufferError:
-                    self._producer.poll(0.05)
+                    self._wait()
                 except KafkaException as error:
                     raise self._error(error, "cannot be written") from error
+
+    def _wait(self) -> None:
+        try:
+            self._producer.poll(0.05)
+        except KafkaException as error:
+            raise self._error(error, "cannot be written") from error
 
     def commit(self, meta: PartitionMeta, timeout_s: float) -> int:
         """End the checkpoint; returns the changelog offset just after it. Blocks until the broker has it.
@@ -134,7 +140,8 @@ class ChangelogWriter:
             try:
                 self._producer.commit_transaction(max(0.1, deadline - time.monotonic()))
                 break
-            except KafkaException as error:
+            except (KafkaException, SystemError) as raised:
+                error = _raised(raised)
                 reason: KafkaError = error.args[0]
                 if reason.retriable() and time.monotonic() < deadline:
                     continue
@@ -171,6 +178,15 @@ class ChangelogWriter:
         if reason.fatal() or reason.code() in (KafkaError._FENCED, KafkaError.INVALID_PRODUCER_EPOCH):
             return Fenced(f"{text}; another worker has taken the partition over")
         return BrokerError(text)
+
+
+def _raised(error: KafkaException | SystemError) -> KafkaException:
+    """What the client raised: a fatal error that comes just before a delivery report is raised around the report."""
+    if isinstance(error, KafkaException):
+        return error
+    if isinstance(error.__cause__, KafkaException):
+        return error.__cause__
+    raise error
 
 
 @dataclass(frozen=True)

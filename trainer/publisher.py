@@ -16,7 +16,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from confluent_kafka import KafkaError, KafkaException, Message, Producer
+from confluent_kafka import KafkaError, KafkaException, Producer
 
 from stream.errors import BrokerError, Fenced
 from stream.kafka import producer_config
@@ -80,7 +80,6 @@ class Publisher:
         self._timeout_s = timeout_s
         self._producer: Producer | None = None
         self._pending: _Version | None = None
-        self._refused: KafkaError | None = None
         self._open()
         latest = read_latest(settings)
         self._marker = latest[1] if latest else None
@@ -181,18 +180,16 @@ class Publisher:
             self._reopen()
         producer = self._producer
         assert producer is not None
-        self._refused = None
         try:
             producer.begin_transaction()
             for key, value in records:
-                producer.produce(self._topic, value, key, partition=0, on_delivery=self._delivered)
+                producer.produce(self._topic, value, key, partition=0)
+            # A record that is refused makes the commit fail.
             producer.commit_transaction(self._timeout_s)
         except (KafkaException, BufferError) as error:
             if isinstance(error, BufferError):
                 raise BrokerError(f"parameters cannot be sent: {error}") from error
             raise self._error(error, "a version was not confirmed") from error
-        if self._refused is not None:
-            raise BrokerError(f"a version was not confirmed: {self._refused.str()}")
 
     def _reopen(self) -> None:
         """Take the transactional id again after a failure, unless a later trainer has written since."""
@@ -203,10 +200,6 @@ class Publisher:
                 f"{self.epoch}: another trainer has taken over; this one must stop"
             )
         self._open()
-
-    def _delivered(self, error: KafkaError | None, message: Message) -> None:
-        if error is not None:
-            self._refused = error
 
     def _error(self, error: KafkaException, what: str) -> BrokerError:
         reason: KafkaError = error.args[0]

@@ -11,16 +11,19 @@ Steps, in this order, for one partition:
 
 A crash between any two steps leaves rows that are at or ahead of the committed position; each says up to which
 offset it is, so replayed events are skipped by exactly the rows that have them. A step that fails ends the
-checkpoint: nothing after it happens, and the rows stay due for the next one.
+checkpoint: nothing after it happens, and the rows stay due for the next one. So does a cancellation, once the step
+in hand has ended: the next checkpoint never meets what this one left running.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgpack
 
@@ -33,6 +36,7 @@ __all__ = ["META_NAME", "Completed", "LocalMeta", "run_checkpoint"]
 META_NAME = "partition"
 _SLICE_SECONDS = 0.004
 _SLICE_ROWS = 256
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ async def run_checkpoint(
     layout: str,
     ended: Sequence[bytes] = (),
     publish_ended: Callable[[list[bytes]], None],
-    flush_outputs: Callable[[], None],
+    flush_outputs: Callable[[float], None],
     commit_position: Callable[[int], Awaitable[bool]],
     executor: Executor,
     timeout_s: float,
@@ -82,16 +86,16 @@ async def run_checkpoint(
     ----------
     ended: clients beyond the store's own tombstones whose rows end with this checkpoint.
     publish_ended: deletes the embeddings of clients whose rows end; the checkpoint itself ends rows it finds expired.
-    flush_outputs: blocks until embeddings and dead letters produced so far are confirmed; runs on `executor`.
+    flush_outputs: blocks until embeddings and dead letters produced so far are confirmed, for at most so many seconds;
+        runs on `executor`.
     commit_position: commits the next input offset to the group.
-    timeout_s: how long the changelog's commit may take.
+    timeout_s: how long the broker may take to confirm all of it.
 
     Raises
     ------
     Fenced: another worker owns the partition now.
     BrokerError: the broker did not confirm; the checkpoint can be tried again.
     """
-    loop = asyncio.get_running_loop()
     started = time.perf_counter()
     position = partition.position
     meta = PartitionMeta(position, partition.store.watermark_ms, trunk, layout)
@@ -113,12 +117,28 @@ async def run_checkpoint(
             if time.perf_counter() - slice_began > _SLICE_SECONDS:
                 await asyncio.sleep(0)
                 slice_began = time.perf_counter()
-        await loop.run_in_executor(executor, flush_outputs)
-        offset = await loop.run_in_executor(executor, writer.commit, meta, timeout_s)
-        await loop.run_in_executor(executor, pending.commit, {META_NAME: LocalMeta(meta, offset).encode()})
+        await _to_its_end(executor, flush_outputs, timeout_s)
+        left_s = max(0.0, timeout_s - (time.perf_counter() - started))
+        offset = await _to_its_end(executor, writer.commit, meta, left_s)
+        await _to_its_end(executor, pending.commit, {META_NAME: LocalMeta(meta, offset).encode()})
     except BaseException:
         pending.abandon()
         writer.abort()
         raise
     await commit_position(position)
     return Completed(position, rows, time.perf_counter() - started)
+
+
+async def _to_its_end(executor: Executor, step: Callable[..., _T], *arguments: object) -> _T:
+    """Run a blocking step on a thread; a cancellation takes effect when the step has ended."""
+    future = asyncio.get_running_loop().run_in_executor(executor, step, *arguments)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        while not future.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([future])
+        if not future.cancelled():
+            # Looked at, so that nobody is told of an error that no one asked for.
+            future.exception()
+        raise

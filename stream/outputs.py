@@ -79,19 +79,24 @@ class Outputs:
         self._dead_letters.poll(0)
         self._check()
 
-    def flush(self) -> None:
+    def flush(self, timeout_s: float | None = None) -> None:
         """Wait until everything handed over is confirmed.
+
+        Parameters
+        ----------
+        timeout_s: for how long; never longer than `worker.stop_timeout_s`, which is the default.
 
         Raises
         ------
         BrokerError: a record was refused, or the broker did not confirm in time.
         """
-        deadline = time.monotonic() + self._timeout_s
-        self._embeddings.flush(self._timeout_s)
+        timeout_s = self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
+        deadline = time.monotonic() + timeout_s
+        self._embeddings.flush(timeout_s)
         left = self._dead_letters.flush(max(0.0, deadline - time.monotonic()))
         self._check()
         if left > 0:
-            raise BrokerError(f"{left} dead letters were not confirmed within {self._timeout_s:g} s")
+            raise BrokerError(f"{left} dead letters were not confirmed within {timeout_s:g} s")
 
     def close(self) -> None:
         """Stop producing; what was not flushed may be lost."""

@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
 
 from stream.changelog import ChangelogWriter, read_changelog
 from stream.checkpoint import Completed, run_checkpoint
+from stream.errors import BrokerError
 from stream.outputs import Outputs
 from stream.partition import Partition, Served, Serving
 from stream.restore import other_paths
@@ -62,6 +64,9 @@ class OwnedPartition:
         self._outputs = outputs
         self._executor = executor
         self._checkpointing = asyncio.Lock()
+        self._is_given_up = False
+        #: Set once rows and changelog are let go of: not before a checkpoint that is being written has ended.
+        self.closed = asyncio.Event()
 
     @property
     def served(self) -> Served:
@@ -69,15 +74,16 @@ class OwnedPartition:
         return self.serving.latest
 
     async def checkpoint(self, commit_position: Callable[[int], Awaitable[bool]], timeout_s: float) -> Completed:
-        """Write what changed; see `stream.checkpoint`.
+        """Write what changed; see `stream.checkpoint`. The wait for one that is being written counts, too.
 
         Raises
         ------
         Fenced: another worker owns the partition now.
-        BrokerError: the broker did not confirm; the checkpoint can be tried again.
+        BrokerError: the broker did not confirm, and the checkpoint can be tried again; or the partition is given up.
         """
         loop = asyncio.get_running_loop()
-        async with self._checkpointing:
+        deadline = loop.time() + timeout_s
+        async with self._holding():
             ended = await self._renew() if self.is_renewed else []
             done = await run_checkpoint(
                 self.partition,
@@ -89,7 +95,7 @@ class OwnedPartition:
                 flush_outputs=self._outputs.flush,
                 commit_position=commit_position,
                 executor=self._executor,
-                timeout_s=timeout_s,
+                timeout_s=max(0.0, deadline - loop.time()),
             )
             if self.is_renewed:
                 self.is_renewed = False
@@ -102,7 +108,7 @@ class OwnedPartition:
 
         finish: brings the other rows to this offset; None if it could not.
         """
-        async with self._checkpointing, self.turn:
+        async with self._holding(), self.turn:
             partition = await finish(self.partition.position)
             if partition is None:
                 return False
@@ -111,9 +117,27 @@ class OwnedPartition:
         return True
 
     def close(self) -> None:
-        """Let go of rows and changelog, without a checkpoint."""
-        self.writer.abort()
-        self.partition.store.close()
+        """Let go of rows and changelog, without a checkpoint, as soon as none is being written; see `closed`."""
+        self._is_given_up = True
+        if not self._checkpointing.locked():
+            self._let_go()
+
+    @asynccontextmanager
+    async def _holding(self) -> AsyncIterator[None]:
+        async with self._checkpointing:
+            try:
+                if self._is_given_up:
+                    raise BrokerError(f"partition {self.partition.number} is given up")
+                yield
+            finally:
+                if self._is_given_up:
+                    self._let_go()
+
+    def _let_go(self) -> None:
+        if not self.closed.is_set():
+            self.writer.abort()
+            self.partition.store.close()
+            self.closed.set()
 
     def _publish_ended(self, keys: list[bytes]) -> None:
         self._outputs.tombstones(self.partition.number, PackedKeys.from_list(keys))

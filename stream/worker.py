@@ -45,11 +45,12 @@ from stream.versions import Versions
 from stream.warmup import warm_up
 from stream.wire import EmbeddingEncoder, EventDecoder, Schema
 
-__all__ = ["Worker", "run_worker"]
+__all__ = ["CHECKPOINT_TIMEOUT_S", "Worker", "run_worker"]
 
 logger = logging.getLogger(__name__)
 
-_COMMIT_TIMEOUT_S = 60.0
+#: For the broker to confirm a checkpoint.
+CHECKPOINT_TIMEOUT_S = 60.0
 _SWEEP_INTERVAL_S = 0.1
 _SWEEP_BUDGET_MS = 4.0
 
@@ -80,6 +81,8 @@ class Worker:
         self._decoder = EventDecoder(self.schema, settings.limits, settings.topics.format)
         self._encoder = EmbeddingEncoder(width, list(settings.tasks), settings.topics.embeddings_format)
         self._owned: dict[int, OwnedPartition] = {}
+        #: Given up, and still open for a checkpoint that was being written.
+        self._closing: dict[int, OwnedPartition] = {}
         #: Held while partitions are taken or let go of: a rebalance may begin before the one before it is dealt with.
         self._changing_hands = asyncio.Lock()
         self._stopping = threading.Event()
@@ -198,6 +201,7 @@ class Worker:
         self.metrics.rebalances.inc()
         loop = asyncio.get_running_loop()
         missing = [number for number in numbers if number not in self._owned]
+        await asyncio.gather(*(self._closing.pop(n).closed.wait() for n in missing if n in self._closing))
         restored = await asyncio.gather(
             *(loop.run_in_executor(self._executor, self._restore, number, serving) for number in missing),
             return_exceptions=True,
@@ -263,14 +267,14 @@ class Worker:
     async def _on_revoked(self, *_: Any, **__: Any) -> None:
         """Checkpoint what is owned, within the time budget, and let go of it."""
         async with self._changing_hands:
-            await self._release()
+            # Whoever gets them next waits for this, and the group with it.
+            await self._release(self.settings.kafka.session_timeout_s * 0.5)
 
-    async def _release(self) -> None:
+    async def _release(self, budget_s: float) -> None:
         owned = dict(self._owned)
         self._owned.clear()
         self._restored = False
         self.metrics.partitions.set(0)
-        budget_s = self.settings.kafka.session_timeout_s * 0.5
         await asyncio.gather(*(self._let_go(number, one, budget_s) for number, one in owned.items()))
 
     async def _let_go(self, number: int, owned: OwnedPartition, budget_s: float) -> None:
@@ -280,11 +284,12 @@ class Worker:
             # What is not checkpointed here is replayed by the next owner from the last checkpoint.
             logger.warning("partition %d is given up without a last checkpoint: %s", number, error)
         finally:
-            owned.close()
-            self._forget(number)
+            self._close(number, owned)
 
-    def _forget(self, number: int) -> None:
-        """No metrics of a partition that another worker serves."""
+    def _close(self, number: int, owned: OwnedPartition) -> None:
+        """Let go of a partition, and of its metrics: another worker serves it."""
+        owned.close()
+        self._closing[number] = owned
         self.metrics.lag.remove_by_labels({"partition": str(number)})
         self.metrics.rows.remove_by_labels({"partition": str(number)})
         self.metrics.held_dropped.remove_by_labels({"partition": str(number)})
@@ -368,15 +373,16 @@ class Worker:
                 if self._owned.get(number) is not owned:
                     continue
                 try:
-                    await self._checkpoint(owned, _COMMIT_TIMEOUT_S)
+                    await self._checkpoint(owned, CHECKPOINT_TIMEOUT_S)
                 except Fenced as error:
                     # Another worker owns it; the group will tell this one in its next rebalance.
                     logger.warning("%s", error)
-                    self._owned.pop(number, None)
-                    owned.partition.store.close()
-                    self._forget(number)
+                    if self._owned.get(number) is owned:
+                        del self._owned[number]
+                        self._close(number, owned)
                 except BrokerError as error:
-                    if owned.writer.is_broken or self._outputs.failure is not None:
+                    is_mine = self._owned.get(number) is owned
+                    if self._outputs.failure is not None or (is_mine and owned.writer.is_broken):
                         raise
                     logger.warning("checkpoint of partition %d is tried again later: %s", number, error)
 
@@ -446,9 +452,10 @@ class Worker:
         self.app.finalize()
         self._parameters.start()
         await self._query.start()
+        checkpoints = asyncio.create_task(self._checkpoint_regularly())
         background = [
+            checkpoints,
             asyncio.create_task(self._versions.follow()),
-            asyncio.create_task(self._checkpoint_regularly()),
             asyncio.create_task(self._sweep_regularly()),
             asyncio.create_task(self._renewal.run()),
         ]
@@ -468,13 +475,16 @@ class Worker:
                     continue
         finally:
             self._stopping.set()
-            for task in background:
+            for task in background[1:]:
                 task.cancel()
-            await asyncio.gather(*background, return_exceptions=True)
+            await asyncio.gather(*background[1:], return_exceptions=True)
             if self._failure is None:
                 await self._stop_flow()
                 async with self._changing_hands:
-                    await self._release()
+                    # After the one that is being written, if there is one; the group still sees this worker.
+                    await self._release(self.settings.worker.stop_timeout_s)
+            checkpoints.cancel()
+            await asyncio.gather(checkpoints, return_exceptions=True)
             await self._leave()
             await self._query.stop()
             self._parameters.stop()

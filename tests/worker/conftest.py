@@ -77,7 +77,7 @@ class System:
                 merchant = str(rng.choice(["bakery", "fuel", "shop-1", "x"]))
                 value = encode_event(client, at, "pay", {"amount": float(rng.normal(20, 40)), "merchant": merchant})
             self.send(client.encode(), value)
-        self._producer.flush(60)
+        self.flush()
         self.published += events
 
     def send(self, key: bytes | None, value: bytes | None, **more: object) -> None:

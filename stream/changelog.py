@@ -17,7 +17,7 @@ import msgpack
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from stream.errors import BrokerError, Fenced, StoreError
-from stream.kafka import client_config, producer_config
+from stream.kafka import client_config, log_range, producer_config
 from stream.settings import Settings
 
 __all__ = ["META_KEY", "ChangelogBatch", "ChangelogWriter", "PartitionMeta", "read_changelog"]
@@ -221,7 +221,7 @@ def read_changelog(settings: Settings, partition: int, start: int) -> Iterator[C
     )
     try:
         # Asking first spares the wait for an end-of-partition event where there is nothing to read.
-        low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=30.0, cached=False)
+        low, high = log_range(consumer, topic, partition)
         if high <= max(low, start):
             return
         consumer.assign([TopicPartition(topic, partition, max(low, start))])

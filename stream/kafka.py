@@ -34,6 +34,7 @@ __all__ = [
     "client_config",
     "ensure_topics",
     "log_ends",
+    "log_range",
     "metadata",
     "murmur2",
     "partition_of",
@@ -49,6 +50,20 @@ logger = logging.getLogger(__name__)
 #: default.
 LARGEST_RECORD_BYTES = 64 * 1024 * 1024
 REQUEST_TIMEOUT_S = 30.0
+#: What a cluster says of a partition while its topic is new, or while its leader moves or starts.
+_PASSING = frozenset(
+    {
+        KafkaError.UNKNOWN_TOPIC_OR_PART,
+        KafkaError.LEADER_NOT_AVAILABLE,
+        KafkaError.NOT_LEADER_FOR_PARTITION,
+        KafkaError.FENCED_LEADER_EPOCH,
+        KafkaError.UNKNOWN_LEADER_EPOCH,
+        KafkaError.REQUEST_TIMED_OUT,
+        KafkaError._UNKNOWN_PARTITION,
+        KafkaError._TRANSPORT,
+        KafkaError._TIMED_OUT,
+    }
+)
 #: More records than any batch holds.
 _LARGEST_BATCH = 200_000
 
@@ -156,6 +171,28 @@ def wait_until_reachable(settings: Settings, timeout_s: float = 30.0) -> Cluster
         time.sleep(0.05)
 
 
+def log_range(consumer: Consumer, topic: str, partition: int, timeout_s: float = REQUEST_TIMEOUT_S) -> tuple[int, int]:
+    """(first offset, offset after the last) as the partition's leader says; waits while there is none.
+
+    Raises
+    ------
+    KafkaException: refused, or no leader answered in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            low, high = consumer.get_watermark_offsets(
+                TopicPartition(topic, partition), timeout=max(0.1, left), cached=False
+            )
+        except KafkaException as error:
+            if left <= 0 or error.args[0].code() not in _PASSING:
+                raise
+            time.sleep(0.05)
+        else:
+            return int(low), int(high)
+
+
 def log_ends(settings: Settings, topic: str, partition: int, timeout_s: float = REQUEST_TIMEOUT_S) -> tuple[int, int]:
     """(first offset, offset after the last record) of a partition.
 
@@ -170,19 +207,19 @@ def log_ends(settings: Settings, topic: str, partition: int, timeout_s: float = 
     consumer = Consumer({**config, "enable.auto.commit": False, "fetch.wait.max.ms": 20})
     deadline = time.monotonic() + timeout_s
     try:
-        low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=timeout_s, cached=False)
+        low, high = log_range(consumer, topic, partition, timeout_s)
         if high <= low:
-            return int(low), int(high)
+            return low, high
         consumer.assign([TopicPartition(topic, partition, max(low, high - 1))])
-        end = int(high)
+        end = high
         while time.monotonic() < deadline and end < high + _LARGEST_BATCH:
             for message in consumer.consume(1000, timeout=0.1):
                 error = message.error()
                 if error is None:
                     end = max(end, (message.offset() or 0) + 1)
                 elif error.code() == KafkaError._PARTITION_EOF:
-                    return int(low), end
-        return int(low), end
+                    return low, end
+        return low, end
     except KafkaException as error:
         raise BrokerError(f"the ends of topic {topic!r} cannot be read: {error.args[0].str()}") from error
     finally:

@@ -1,11 +1,12 @@
 """Topics and client configurations, on real brokers."""
 
 import logging
+import threading
 
 import msgspec
 import numpy as np
 import pytest
-from confluent_kafka import KafkaException, Message, Producer
+from confluent_kafka import Consumer, KafkaException, Message, Producer
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from stream.kafka import (
     client_config,
     ensure_topics,
     log_ends,
+    log_range,
     metadata,
     murmur2,
     partition_of,
@@ -214,3 +216,18 @@ def test_the_end_of_a_log_is_after_its_last_record(settings: Settings) -> None:
     # When their ends are asked for, then they are exact
     assert log_ends(settings, settings.topics.events, 1) == (0, 40)
     assert log_ends(settings, settings.topics.events, 0) == (0, 0)
+
+
+def test_the_range_of_a_log_is_waited_for_while_its_partition_has_no_leader(settings: Settings) -> None:
+    # Given a topic that is not there yet
+    consumer = Consumer(client_config(settings, group_id="range"))
+    found: list[tuple[int, int]] = []
+    reader = threading.Thread(target=lambda: found.append(log_range(consumer, settings.topics.events, 1)))
+    with pytest.raises(KafkaException):
+        log_range(consumer, settings.topics.events, 1, timeout_s=0.5)
+    # When it is made while its range is asked for, then that is found
+    reader.start()
+    ensure_topics(settings, create=True)
+    reader.join(60)
+    consumer.close()
+    assert found == [(0, 0)]

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer
 
 from stream.broker import EmbeddedBroker
-from stream.kafka import client_config
+from stream.kafka import client_config, log_range
 from tests.fault.schedule import FIRST, Fault
 from tests.fault.site import SESSION_TIMEOUT_S, Site
 from tests.fault.source import Publisher, Source
@@ -172,10 +172,7 @@ def _await_deletions(site: Site) -> None:
         def is_quiet() -> bool:
             nonlocal quiet_since, ends
             site.supervise()
-            now = [
-                consumer.get_watermark_offsets(TopicPartition(topics.embeddings, p), timeout=10, cached=False)[1]
-                for p in range(topics.partitions)
-            ]
+            now = [log_range(consumer, topics.embeddings, p)[1] for p in range(topics.partitions)]
             if now != ends:
                 ends, quiet_since = now, time.monotonic()
             return time.monotonic() - quiet_since > 1.5

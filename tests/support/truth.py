@@ -17,7 +17,7 @@ from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
 from numpy.typing import NDArray
 
 from stream.changelog import read_changelog
-from stream.kafka import client_config
+from stream.kafka import client_config, log_range
 from stream.model.engine import Engine, Triggers
 from stream.model.heads import Questions
 from stream.model.layout import Layout
@@ -97,7 +97,7 @@ def topic_batches(settings: Settings, topic: str, partition: int) -> Iterator[li
         )
     )  # fmt: skip
     try:
-        low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=30, cached=False)
+        low, high = log_range(consumer, topic, partition)
         if high <= low:
             return
         consumer.assign([TopicPartition(topic, partition, low)])

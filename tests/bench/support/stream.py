@@ -13,13 +13,12 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-from confluent_kafka import Consumer, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka import Consumer, Message, Producer, TopicPartition
 from numpy.typing import NDArray
 
-from stream.kafka import client_config, producer_config
+from stream.kafka import client_config, log_range, producer_config
 from stream.settings import Settings
 from tests.bench.support.workload import Workload
-from tests.support.processes import wait_for
 
 __all__ = ["Publisher", "Watcher"]
 
@@ -70,25 +69,14 @@ class Watcher:
         self._consumer = Consumer(client_config(settings, group_id="bench-watcher", enable_auto_commit=False))
         starts = []
         for number in range(settings.topics.partitions):
-            where = TopicPartition(topic, number)
-            wait_for(lambda where=where: self._find_end(where), 30, f"partition {number} of {topic} has a leader")
-            starts.append(where)
+            _, end = log_range(self._consumer, topic, number)
+            starts.append(TopicPartition(topic, number, end))
         self._consumer.assign(starts)
         # Looked into after the reading only: reading a record's offset takes longer than taking the record.
         self._taken: list[tuple[float, list[Message]]] = []
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._read, name="watcher")
         self._thread.start()
-
-    def _find_end(self, where: TopicPartition) -> bool:
-        """Set the partition's end offset; False while a topic just created has no leader there."""
-        try:
-            _, where.offset = self._consumer.get_watermark_offsets(where, timeout=30)
-        except KafkaException as error:
-            if not error.args[0].retriable():
-                raise
-            return False
-        return True
 
     def _read(self) -> None:
         while not self._stopping.is_set():

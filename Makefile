@@ -25,9 +25,9 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# Two at a time, a file each: most of the time is spent waiting for brokers and workers.
+# Two at a time: most of the time is spent waiting for brokers and workers.
 unit: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # A hundred random faults while events flow, then every topic and disk is checked; the same seed plays the same again.
 SEED ?= 1

@@ -91,7 +91,7 @@ class Worker:
         self._executor = ThreadPoolExecutor(max_workers=4, thread_name_prefix="checkpoint")
         self._parameters = ParameterReader(settings)
         self._outputs = Outputs(settings)
-        self._warm = False
+        self._warming: asyncio.Task[None] | None = None
         self._versions = Versions(self._parameters, self.layout, self._questions, self._owned, self.metrics)
         self._renewal = Renewal(
             self._versions, self._owned, self._new_rebuild, self.metrics, self._executor, self._stopping
@@ -159,27 +159,23 @@ class Worker:
 
     # ---------------------------------------------------------------- parameters
 
-    async def _first_version(self) -> Serving:
+    async def _warm_up(self) -> None:
+        """Compile with the first version, which is there long before the group has assigned anything."""
         serving = await self._versions.first()
-        if not self._warm:
-            loop = asyncio.get_running_loop()
-            seconds = await loop.run_in_executor(self._executor, self._warm_up, serving.latest)
-            self._warm = True
-            # What there is now stays; the collector need not look at it again and again.
-            gc.collect()
-            gc.freeze()
-            logger.info("kernels ready in %.1f s", seconds)
-        return serving
-
-    def _warm_up(self, served: Served) -> float:
-        return warm_up(
+        seconds = await asyncio.get_running_loop().run_in_executor(
+            self._executor,
+            warm_up,
             self.schema,
             self._decoder,
             self._encoder,
-            served,
+            serving.latest,
             store_options(self.settings, self.layout.width),
             Path(self.settings.worker.data_dir),
         )
+        # What there is now stays; the collector need not look at it again and again.
+        gc.collect()
+        gc.freeze()
+        logger.info("kernels ready in %.1f s", seconds)
 
     def _new_rebuild(self, number: int, served: Served) -> Rebuild:
         return Rebuild(self.settings, number, served, self._decoder, self._encoder)
@@ -189,7 +185,9 @@ class Worker:
     async def _on_assigned(self, *_: Any, **__: Any) -> None:
         """Restore the partitions assigned; Faust resumes the streams when this returns."""
         try:
-            serving = await self._first_version()
+            assert self._warming is not None
+            await asyncio.shield(self._warming)
+            serving = await self._versions.first()
             async with self._changing_hands:
                 await self._take_over(serving)
         except Exception as error:
@@ -452,6 +450,7 @@ class Worker:
         self.app.finalize()
         self._parameters.start()
         await self._query.start()
+        self._warming = asyncio.create_task(self._warm_up())
         checkpoints = asyncio.create_task(self._checkpoint_regularly())
         background = [
             checkpoints,
@@ -486,6 +485,8 @@ class Worker:
             checkpoints.cancel()
             await asyncio.gather(checkpoints, return_exceptions=True)
             await self._leave()
+            self._warming.cancel()
+            await asyncio.gather(self._warming, return_exceptions=True)
             await self._query.stop()
             self._parameters.stop()
             self._outputs.close()

@@ -45,7 +45,7 @@ __all__ = ["BatchProducer", "ProducerLimits", "asyncio_client_config"]
 logger = logging.getLogger(__name__)
 
 #: What comes within it goes together: a request costs as much as a hundred records.
-_LINGER_S = 0.003
+_LINGER_S = 0.005
 _BACKOFF_S = 0.1
 _LONGEST_BACKOFF_S = 1.0
 #: How often timeouts are looked at.

@@ -73,7 +73,9 @@ class OwnedPartition:
         """What its rows are advanced and its embeddings made with now."""
         return self.serving.latest
 
-    async def checkpoint(self, commit_position: Callable[[int], Awaitable[bool]], timeout_s: float) -> Completed:
+    async def checkpoint(
+        self, commit_position: Callable[[int], Awaitable[bool]], timeout_s: float, spread_s: float = 0.0
+    ) -> Completed:
         """Write what changed; see `stream.checkpoint`. The wait for one that is being written counts, too.
 
         Raises
@@ -96,6 +98,7 @@ class OwnedPartition:
                 commit_position=commit_position,
                 executor=self._executor,
                 timeout_s=max(0.0, deadline - loop.time()),
+                spread_s=spread_s,
             )
             if self.is_renewed:
                 self.is_renewed = False

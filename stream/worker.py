@@ -348,7 +348,7 @@ class Worker:
 
     # ---------------------------------------------------------------- checkpoints
 
-    async def _checkpoint(self, owned: OwnedPartition, timeout_s: float) -> None:
+    async def _checkpoint(self, owned: OwnedPartition, timeout_s: float, spread_s: float = 0.0) -> None:
         tp = TP(self.settings.topics.events, owned.partition.number)
 
         async def commit_position(position: int) -> bool:
@@ -356,7 +356,7 @@ class Worker:
             return tp in self._consumer.assignment() and await self._consumer.commit_positions({tp: position})
 
         try:
-            done = await owned.checkpoint(commit_position, timeout_s)
+            done = await owned.checkpoint(commit_position, timeout_s, spread_s)
         except LivestateError:
             self.metrics.checkpoint_failures.inc()
             raise
@@ -365,13 +365,23 @@ class Worker:
         self.metrics.checkpoint_seconds.observe(done.seconds)
 
     async def _checkpoint_regularly(self) -> None:
+        interval_s = self.settings.worker.checkpoint_interval_s
+        clock = asyncio.get_running_loop().time
+        due = clock()
         while True:
-            await asyncio.sleep(self.settings.worker.checkpoint_interval_s)
-            for number, owned in list(self._owned.items()):
-                if self._owned.get(number) is not owned:
+            numbers = sorted(self._owned)
+            if not numbers:
+                await asyncio.sleep(interval_s)
+            # One partition after the other, evenly over the interval: no moment has the work of all.
+            for number in numbers:
+                share_s = interval_s / len(numbers)
+                due = max(due + share_s, clock())
+                await asyncio.sleep(due - clock())
+                owned = self._owned.get(number)
+                if owned is None:
                     continue
                 try:
-                    await self._checkpoint(owned, CHECKPOINT_TIMEOUT_S)
+                    await self._checkpoint(owned, CHECKPOINT_TIMEOUT_S, 0.5 * share_s)
                 except Fenced as error:
                     # Another worker owns it; the group will tell this one in its next rebalance.
                     logger.warning("%s", error)

@@ -1,13 +1,18 @@
 """A producer of whole record batches to one topic, from a thread of its own.
 
 Guaranteed: what is handed over for a partition arrives in that order and once, as long as this object lives: each
-batch carries the producer's id and a sequence number, one batch of a partition is under way at a time, and a
+batch carries its writer's id and a sequence number, one batch of a partition is under way at a time, and a
 repeated one keeps its number. `flush` returns when everything handed over before it is confirmed by all in-sync
 replicas, or raises. A refusal, or no confirmation in time, sets `failure`, and every later call raises it.
 Unconfirmed bytes are bounded: `send` waits for a slow broker.
-Not guaranteed: what becomes of unconfirmed batches after a failure or `close`; some of them may have been written.
 
-Source of the protocol: KIP-98 (idempotent producer).
+A partition has one writer: each begins by asking for the producer id of the partition's transactional id, under a
+new epoch, and no transaction is ever begun with it. Once the later writer has written, the broker refuses the
+earlier one, whatever it still has to send after a pause; its `flush` then raises `Fenced`.
+
+Not guaranteed: what becomes of unconfirmed batches after a failure, `give_up` or `close`; some may have been written.
+
+Source of the protocol: KIP-98 (idempotent and transactional producers).
 """
 
 from __future__ import annotations
@@ -17,13 +22,15 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import (
+    ConcurrentTransactions,
     DuplicateSequenceNumber,
+    InvalidProducerEpoch,
     KafkaError,
     NoError,
     UnknownTopicOrPartitionError,
@@ -31,7 +38,7 @@ from aiokafka.errors import (
 )
 from aiokafka.structs import TopicPartition
 
-from stream.batch_queue import BatchQueue, QueuedBatch
+from stream.batch_queue import BatchQueue, Lane, QueuedBatch
 from stream.errors import BrokerError
 from stream.kafka import REQUEST_TIMEOUT_S
 from stream.produce_requests import InitProducerId, ProduceBatches
@@ -48,6 +55,12 @@ logger = logging.getLogger(__name__)
 _LINGER_S = 0.005
 _BACKOFF_S = 0.1
 _LONGEST_BACKOFF_S = 1.0
+#: A coordinator forgets a transactional id that is not asked for in a week (transactional.id.expiration.ms).
+_LONGEST_IDENTITY_S = 86_400.0
+#: In a request for a coordinator: of a transactional id.
+_OF_TRANSACTIONS = 1
+#: PRODUCER_FENCED, which aiokafka has no name for.
+_PRODUCER_FENCED = 90
 #: How often timeouts are looked at.
 _TICK_S = 0.5
 
@@ -83,6 +96,7 @@ class BatchProducer:
     Parameters
     ----------
     config: keyword arguments of aiokafka's client.
+    writer: what the transactional ids begin with; a partition's number follows.
     wall_clock: seconds since 1970, for the records' timestamps. clock: monotonic seconds, for timeouts.
     """
 
@@ -91,6 +105,7 @@ class BatchProducer:
         config: Mapping[str, Any],
         topic: str,
         codec: Codec,
+        writer: str,
         limits: ProducerLimits | None = None,
         wall_clock: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
@@ -98,8 +113,9 @@ class BatchProducer:
         limits = limits or ProducerLimits()
         name = f"records for topic {topic!r}"
         self._queue = BatchQueue(name, limits.batch_bytes, limits.unconfirmed_bytes, wall_clock, clock)
-        self._sender = _Sender(self._queue, config, topic, codec, limits, clock)
+        self._sender = _Sender(self._queue, config, topic, codec, writer, limits, clock)
         self._thread = threading.Thread(target=self._sender.run, name="batch-producer", daemon=True)
+        self._starting = threading.Lock()
         self._is_started = False
 
     @property
@@ -112,27 +128,49 @@ class BatchProducer:
         """Bytes of records, uncompressed, that were handed over and are not confirmed."""
         return self._queue.unconfirmed_bytes
 
+    def begin(self, partition: int, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
+        """Become the partition's writer; what earlier ones still have to send is refused from the first record on.
+
+        Not to be put off until there is something to send: whoever was paused meanwhile would come back as the later
+        writer.
+
+        Raises
+        ------
+        BrokerError: the broker did not grant a producer id in time.
+        """
+        self._start()
+        self._queue.begin(partition, timeout_s, self._sender.wake)
+
     def send(self, partition: int, keys: PackedKeys, values: PackedValues | None) -> None:
         """Hand over one record for each key, a tombstone where `values` is None. The arrays are not kept.
 
         Raises
         ------
-        BrokerError: the broker refused something, or did not confirm it in time; or this is closed.
+        BrokerError: the broker refused something, or did not confirm it in time; or this is closed; or the partition
+            was not begun.
         """
         self._queue.put(partition, keys, values)
-        if not self._is_started:
-            self._is_started = True
-            self._thread.start()
         self._sender.wake()
 
-    def flush(self, timeout_s: float) -> None:
-        """Wait until everything handed over before this call is confirmed.
+    def flush(self, timeout_s: float, partition: int | None = None) -> None:
+        """Wait until everything handed over before this call is confirmed; of one partition, or of all.
 
         Raises
         ------
+        Fenced: another producer writes a partition now; `give_up` it.
         BrokerError: something was refused, or is not confirmed within `timeout_s`.
         """
-        self._queue.wait_confirmed(timeout_s)
+        self._queue.wait_confirmed(timeout_s, partition)
+
+    def give_up(self, partition: int) -> None:
+        """Drop what is not confirmed of a partition, and write no more of it."""
+        self._queue.give_up(partition)
+
+    def _start(self) -> None:
+        with self._starting:
+            if not self._is_started:
+                self._is_started = True
+                self._thread.start()
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Stop; what is not confirmed by now may be lost. Calling it again does nothing."""
@@ -151,12 +189,13 @@ class _Sender:
         config: Mapping[str, Any],
         topic: str,
         codec: Codec,
+        writer: str,
         limits: ProducerLimits,
         clock: Callable[[], float],
     ) -> None:
         self._queue, self._topic, self._codec, self._limits, self._clock = queue, topic, codec, limits, clock
+        self._writer = writer
         self._config = {**config, "request_timeout_ms": int(limits.request_s * 1000)}
-        self._producer_id, self._producer_epoch = -1, -1
         #: partition -> since when the cluster does not know it
         self._unknown: dict[int, float] = {}
         self._refreshed_at = -math.inf
@@ -223,25 +262,44 @@ class _Sender:
             await client.close()
 
     async def _start(self, client: AIOKafkaClient) -> None:
-        """Find the brokers and get a producer id, however long it takes; batches fail meanwhile when overdue."""
+        """Find the brokers, however long it takes; batches fail meanwhile when overdue."""
         self._tick()
         backoff = _BACKOFF_S
         while self._queue.failure is None:
             try:
-                if not client.cluster.brokers():
-                    await client.bootstrap()
-                    client.set_topics([self._topic])
-                answer = await client.send(client.get_random_node(), InitProducerId())
-                error = for_code(answer.error_code)
-                if error is NoError:
-                    self._producer_id, self._producer_epoch = answer.producer_id, answer.producer_epoch
-                    return
-                raise error()
+                await client.bootstrap()
+                client.set_topics([self._topic])
+                return
             except KafkaError as refusal:
                 if not refusal.retriable:
                     self._fail(f"cannot be written: {_text(refusal)}")
                     return
-                logger.info("no producer id yet: %s", _text(refusal))
+                logger.info("no broker yet: %s", _text(refusal))
+            await asyncio.sleep(backoff)
+            backoff = min(2 * backoff, _LONGEST_BACKOFF_S)
+
+    async def _identify(self, client: AIOKafkaClient, lane: Lane) -> None:
+        """Become the partition's writer, however long it takes; its batches fail meanwhile when overdue."""
+        name = f"{self._writer}-{lane.partition}"
+        backoff = _BACKOFF_S
+        while self._queue.failure is None:
+            try:
+                node = await client.coordinator_lookup(_OF_TRANSACTIONS, name)
+                if not self._queue.is_current(lane):
+                    # A later lane of the partition would be fenced by what this one asks for after it.
+                    return
+                answer = await client.send(node, InitProducerId(name))
+                error = for_code(answer.error_code)
+                if error is NoError:
+                    self._queue.identify(lane, answer.producer_id, answer.producer_epoch)
+                    return
+                raise error()
+            except KafkaError as refusal:
+                # The last one means that the epoch before is still being ended.
+                if not refusal.retriable and not isinstance(refusal, ConcurrentTransactions):
+                    self._fail(f"cannot be written: {_text(refusal)} (transactional id {name!r})")
+                    return
+                logger.info("no producer id for partition %d yet: %s", lane.partition, _text(refusal))
             await asyncio.sleep(backoff)
             backoff = min(2 * backoff, _LONGEST_BACKOFF_S)
 
@@ -256,29 +314,33 @@ class _Sender:
 
     def _dispatch(self, client: AIOKafkaClient) -> None:
         """Send what is ready: one request for each leader, more where batches are large."""
+        for lane in self._queue.take_unidentified(_LONGEST_IDENTITY_S):
+            self._begin(self._identify(client, lane))
         leaders: dict[int, list[QueuedBatch]] = {}
         is_stale = False
-        for partition in self._queue.ready():
-            leader = client.cluster.leader_for_partition(TopicPartition(self._topic, partition))
+        for lane in self._queue.ready():
+            leader = client.cluster.leader_for_partition(TopicPartition(self._topic, lane.partition))
             if leader is None:
-                self._note_unknown(partition)
+                self._note_unknown(lane.partition)
             if leader is None or leader == -1:
                 is_stale = True
                 continue
-            batch = self._queue.take(partition)
+            batch = self._queue.take(lane)
+            if batch is None:
+                continue
             together = leaders.setdefault(leader, [])
             if together and sum(one.records.size for one in together) + batch.records.size > self._limits.request_bytes:
-                self._begin(client, leader, together)
+                self._begin(self._deliver(client, leader, together))
                 leaders[leader] = together = []
             together.append(batch)
         for leader, together in leaders.items():
-            self._begin(client, leader, together)
+            self._begin(self._deliver(client, leader, together))
         if is_stale and self._clock() - self._refreshed_at >= _BACKOFF_S:
             self._refreshed_at = self._clock()
             client.force_metadata_update()
 
-    def _begin(self, client: AIOKafkaClient, node: int, batches: Sequence[QueuedBatch]) -> None:
-        task = asyncio.get_running_loop().create_task(self._deliver(client, node, batches))
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._sending.add(task)
         task.add_done_callback(self._ended)
 
@@ -291,9 +353,7 @@ class _Sender:
             self._due.set()
 
     async def _deliver(self, client: AIOKafkaClient, node: int, batches: Sequence[QueuedBatch]) -> None:
-        sealed = [
-            (batch.partition, batch.sealed(self._codec, self._producer_id, self._producer_epoch)) for batch in batches
-        ]
+        sealed = [(batch.partition, batch.sealed(self._codec)) for batch in batches]
         request = ProduceBatches(self._topic, sealed, int(self._limits.request_s * 1000))
         outcomes: dict[int, KafkaError] = {}
         try:
@@ -302,7 +362,7 @@ class _Sender:
             outcomes = {batch.partition: error for batch in batches}
         else:
             for _, partitions in answer.topics:
-                outcomes = {partition: for_code(code)() for partition, code, *_ in partitions if code}
+                outcomes = {partition: _error(code) for partition, code, *_ in partitions if code}
         again = [batch for batch in batches if not self._settle(batch, outcomes.get(batch.partition))]
         if not again:
             return
@@ -318,6 +378,10 @@ class _Sender:
         if error is None or isinstance(error, DuplicateSequenceNumber):
             self._unknown.pop(batch.partition, None)
             self._queue.confirm(batch)
+            return True
+        if isinstance(error, InvalidProducerEpoch):
+            logger.warning("partition %d of topic %s has another writer now", batch.partition, self._topic)
+            self._queue.fence(batch.lane)
             return True
         if not error.retriable:
             self._fail(
@@ -342,6 +406,10 @@ class _Sender:
                 f"topic {self._topic!r} {text}; nothing more is read until it is repaired and the worker started again"
             )
         )
+
+
+def _error(code: int) -> KafkaError:
+    return InvalidProducerEpoch() if code == _PRODUCER_FENCED else for_code(code)()
 
 
 def _text(error: KafkaError) -> str:

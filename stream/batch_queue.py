@@ -3,7 +3,8 @@
 Guaranteed: batches of a partition come out in the order in which their records went in, one at a time until it is
 confirmed or given back; a batch given back comes out again, the same bytes, before any other of its partition.
 Bytes put in and not confirmed are bounded: `put` waits. After `fail` or `close` every call that waits, or would,
-raises.
+raises. A partition is written from `begin` until it is given up; once it is fenced its records are dropped and
+waiting for them raises.
 
 A batch stays open until it is taken, so those that wait for a slow broker go on growing up to their limit.
 """
@@ -12,15 +13,15 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from stream.errors import BrokerError
+from stream.errors import BrokerError, Fenced
 from stream.store.keys import PackedKeys
 from stream.wire.record_batch import Codec, RecordBatch
 from stream.wire.values import PackedValues
 
-__all__ = ["BatchQueue", "QueuedBatch"]
+__all__ = ["BatchQueue", "Lane", "QueuedBatch"]
 
 _SEQUENCE_MASK = 0x7FFFFFFF
 
@@ -30,34 +31,48 @@ class QueuedBatch:
     """A batch from its first record until it is confirmed."""
 
     serial: int
-    partition: int
+    lane: Lane
     records: RecordBatch
     opened_at: float
-    #: Of its first record, among those of the partition that this queue has given out.
+    #: Of its first record, among those of the lane that were given out since it was identified.
     sequence: int = 0
     #: How often it was given out.
     attempts: int = 0
     _sealed: bytes | None = None
 
-    def sealed(self, codec: Codec, producer_id: int, producer_epoch: int) -> bytes:
+    @property
+    def partition(self) -> int:
+        """Where it belongs."""
+        return self.lane.partition
+
+    def sealed(self, codec: Codec) -> bytes:
         """The bytes to send: the same, however often they are asked for."""
         if self._sealed is None:
-            self._sealed = self.records.seal(codec, producer_id, producer_epoch, self.sequence)
+            assert self.lane.producer is not None, "a batch is taken after its lane was identified"
+            self._sealed = self.records.seal(codec, *self.lane.producer, self.sequence)
         return self._sealed
 
 
 @dataclass(eq=False)
-class _Lane:
-    """One partition."""
+class Lane:
+    """One partition, from `begin` until it is given up."""
 
-    #: The last one is open.
-    waiting: deque[QueuedBatch] = field(default_factory=deque)
+    partition: int
+    #: (id, epoch) that the broker knows its writer by; None before one was granted.
+    producer: tuple[int, int] | None = None
+    #: When it was granted, by the queue's clock.
+    identified_at: float = 0.0
+    #: Somebody else writes the partition now.
+    is_fenced: bool = False
+    #: A batch was taken, or its identity is being asked for.
     is_under_way: bool = False
     next_sequence: int = 0
+    #: The last one is open.
+    waiting: deque[QueuedBatch] = field(default_factory=deque)
 
 
 class BatchQueue:
-    """See the module. `put` is for one thread at a time, as are `take`, `confirm` and `give_back`.
+    """See the module. `put` and `give_up` are for one thread at a time, as are those of the thread that sends.
 
     Parameters
     ----------
@@ -78,7 +93,8 @@ class BatchQueue:
         self._name, self._batch_bytes, self._limit = name, batch_bytes, unconfirmed_bytes
         self._wall_clock, self._clock = wall_clock, clock
         self._changed = threading.Condition()
-        self._lanes: dict[int, _Lane] = {}
+        self._lanes: dict[int, Lane] = {}
+        self._unidentified: list[Lane] = []
         #: By serial, and so from the oldest on.
         self._unconfirmed: dict[int, QueuedBatch] = {}
         self._serial = 0
@@ -98,50 +114,95 @@ class BatchQueue:
         """Bytes of records, uncompressed, that were put in and are not confirmed."""
         return self._bytes
 
-    def put(self, partition: int, keys: PackedKeys, values: PackedValues | None) -> None:
-        """Add one record for each key, a tombstone where `values` is None; waits while too much is unconfirmed.
+    def begin(self, partition: int, timeout_s: float, wake: Callable[[], None]) -> None:
+        """Become the partition's writer, again if need be: waits until the thread that sends has an identity for it.
+
+        wake: tells that thread.
 
         Raises
         ------
-        BrokerError: something was refused, or this is closed.
+        BrokerError: something was refused before, or no identity was granted within `timeout_s`.
+        """
+        deadline = self._clock() + timeout_s
+        with self._changed:
+            self._check()
+            before, lane = self._lanes.get(partition), Lane(partition, is_under_way=True)
+            self._lanes[partition] = lane
+            self._unidentified.append(lane)
+            if before is not None:
+                self._drop(before)
+            wake()
+            while lane.producer is None:
+                self._check()
+                remaining = deadline - self._clock()
+                if remaining <= 0 or self._lanes.get(partition) is not lane:
+                    raise BrokerError(f"{self._name}: no producer id for partition {partition} within {timeout_s:g} s")
+                self._changed.wait(remaining)
+
+    def put(self, partition: int, keys: PackedKeys, values: PackedValues | None) -> None:
+        """Add one record for each key, a tombstone where `values` is None; waits while too much is unconfirmed.
+
+        Those of a fenced partition are dropped.
+
+        Raises
+        ------
+        BrokerError: something was refused, or this is closed, or the partition was not begun.
         """
         with self._changed:
             self._check()
             while self._bytes >= self._limit:
                 self._changed.wait()
                 self._check()
-            lane = self._lanes.setdefault(partition, _Lane())
+            lane = self._lanes.get(partition)
+            if lane is None:
+                raise BrokerError(f"{self._name}: partition {partition} is not written from here")
+            if lane.is_fenced:
+                return
             now_ms = int(self._wall_clock() * 1000)
             row = 0
             while row < len(keys):
                 if not lane.waiting:
-                    self._open(lane, partition)
+                    self._open(lane)
                 records = lane.waiting[-1].records
                 before = records.size
                 row = records.add(keys, values, row, now_ms)
                 self._bytes += records.size - before
                 if row < len(keys):
-                    self._open(lane, partition)
+                    self._open(lane)
 
-    def wait_confirmed(self, timeout_s: float) -> None:
-        """Wait until everything put in before this call is confirmed.
+    def wait_confirmed(self, timeout_s: float, partition: int | None = None) -> None:
+        """Wait until everything put in before this call is confirmed; of one partition, or of all.
 
         Raises
         ------
-        BrokerError: something was refused, or is not confirmed within `timeout_s`.
+        Fenced: somebody else writes a partition now.
+        BrokerError: something was refused, or given up, or is not confirmed within `timeout_s`.
         """
         deadline = self._clock() + timeout_s
         with self._changed:
             last = self._serial
+            lanes = {lane for number, lane in self._lanes.items() if partition in (None, number)}
             while True:
                 self._check()
-                left = sum(batch.records.count for serial, batch in self._unconfirmed.items() if serial <= last)
+                self._check_lanes(lanes)
+                left = sum(
+                    batch.records.count
+                    for serial, batch in self._unconfirmed.items()
+                    if serial <= last and batch.lane in lanes
+                )
                 if not left:
                     return
                 remaining = deadline - self._clock()
                 if remaining <= 0:
                     raise BrokerError(f"{left} {self._name} were not confirmed within {timeout_s:g} s")
                 self._changed.wait(remaining)
+
+    def give_up(self, partition: int) -> None:
+        """Drop what is not confirmed of a partition; what is put in later is of a new writer."""
+        with self._changed:
+            lane = self._lanes.pop(partition, None)
+            if lane is not None:
+                self._drop(lane)
 
     def close(self) -> None:
         """Every later call raises."""
@@ -155,24 +216,66 @@ class BatchQueue:
         if self._is_closed:
             raise BrokerError(f"the producer of {self._name} is closed")
 
-    def _open(self, lane: _Lane, partition: int) -> None:
+    def _check_lanes(self, lanes: Collection[Lane]) -> None:
+        for lane in lanes:
+            if lane.is_fenced:
+                raise Fenced(f"{self._name}: another worker writes partition {lane.partition} now")
+            if self._lanes.get(lane.partition) is not lane:
+                raise BrokerError(f"{self._name}: partition {lane.partition} was given up")
+
+    def _drop(self, lane: Lane) -> None:
+        lane.waiting.clear()
+        for serial, batch in list(self._unconfirmed.items()):
+            if batch.lane is lane:
+                del self._unconfirmed[serial]
+                self._bytes -= batch.records.size
+        self._changed.notify_all()
+
+    def _open(self, lane: Lane) -> None:
         self._serial += 1
-        batch = QueuedBatch(self._serial, partition, RecordBatch(self._batch_bytes), self._clock())
+        batch = QueuedBatch(self._serial, lane, RecordBatch(self._batch_bytes), self._clock())
         self._unconfirmed[self._serial] = batch
         self._bytes += batch.records.size
         lane.waiting.append(batch)
 
     # ---------------------------------------------------------------- for the thread that sends
 
-    def ready(self) -> list[int]:
+    def ready(self) -> list[Lane]:
         """Partitions that have a batch to take."""
         with self._changed:
-            return [number for number, lane in self._lanes.items() if lane.waiting and not lane.is_under_way]
+            return [lane for lane in self._lanes.values() if lane.waiting and not lane.is_under_way]
 
-    def take(self, partition: int) -> QueuedBatch:
-        """The next batch of a partition that is ready; nothing is added to it any more."""
+    def take_unidentified(self, longest_s: float) -> list[Lane]:
+        """Lanes to ask an identity for: those that began, and idle ones whose identity is older than that.
+
+        One with something to send keeps its identity: if its writer was paused, it may have a successor by now.
+        """
         with self._changed:
-            lane = self._lanes[partition]
+            lanes, self._unidentified = self._unidentified, []
+            for lane in self._lanes.values():
+                is_idle = not (lane.waiting or lane.is_under_way or lane.is_fenced)
+                if is_idle and self._clock() - lane.identified_at > longest_s:
+                    lane.is_under_way = True
+                    lanes.append(lane)
+            return lanes
+
+    def is_current(self, lane: Lane) -> bool:
+        """Whether the lane was not given up."""
+        with self._changed:
+            return self._lanes.get(lane.partition) is lane
+
+    def identify(self, lane: Lane, producer_id: int, producer_epoch: int) -> None:
+        """The broker granted an identity to a lane that was taken for it."""
+        with self._changed:
+            lane.producer, lane.identified_at = (producer_id, producer_epoch), self._clock()
+            lane.next_sequence, lane.is_under_way = 0, False
+            self._changed.notify_all()
+
+    def take(self, lane: Lane) -> QueuedBatch | None:
+        """The next batch of a lane that is ready, to which nothing is added any more; None if it was given up."""
+        with self._changed:
+            if not lane.waiting:
+                return None
             batch = lane.waiting.popleft()
             lane.is_under_way = True
             if not batch.attempts:
@@ -184,21 +287,24 @@ class BatchQueue:
     def confirm(self, batch: QueuedBatch) -> None:
         """The broker has it."""
         with self._changed:
-            if self._failure is not None:
-                return
-            self._lanes[batch.partition].is_under_way = False
-            del self._unconfirmed[batch.serial]
-            self._bytes -= batch.records.size
-            self._changed.notify_all()
+            batch.lane.is_under_way = False
+            # None after a failure, and where it was given up meanwhile.
+            if self._unconfirmed.pop(batch.serial, None) is not None:
+                self._bytes -= batch.records.size
+                self._changed.notify_all()
 
     def give_back(self, batch: QueuedBatch) -> None:
         """It is to be sent again."""
         with self._changed:
-            if self._failure is not None:
-                return
-            lane = self._lanes[batch.partition]
-            lane.waiting.appendleft(batch)
-            lane.is_under_way = False
+            batch.lane.is_under_way = False
+            if batch.serial in self._unconfirmed:
+                batch.lane.waiting.appendleft(batch)
+
+    def fence(self, lane: Lane) -> None:
+        """Somebody else writes the partition now."""
+        with self._changed:
+            lane.is_fenced, lane.is_under_way = True, False
+            self._drop(lane)
 
     def oldest_s(self) -> float:
         """Age of the oldest batch that is not confirmed; 0 if there is none."""

@@ -2,7 +2,8 @@
 
 Guaranteed: a record handed over is confirmed by the broker before `flush` returns, or `flush` raises; after a
 refusal nothing is silently lost, since every later call raises too. A broker slower than the worker makes the
-calls wait, so memory stays bounded. Embeddings of a partition arrive in the order in which they were handed over.
+calls wait, so memory stays bounded. Embeddings of a partition arrive in the order in which they were handed over,
+and none of them after the first one of the worker that owns the partition next.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ class Outputs:
         self._timeout_s = settings.worker.stop_timeout_s
         self._refusal: BrokerError | None = None
         self._embeddings = BatchProducer(
-            asyncio_client_config(settings), settings.topics.embeddings, settings.kafka.compression, limits
+            asyncio_client_config(settings),
+            settings.topics.embeddings,
+            settings.kafka.compression,
+            f"{settings.kafka.group}-{settings.topics.embeddings}",
+            limits,
         )
         self._dead_letters = Producer(
             {**producer_config(settings, delivery_report_only_error=True), "on_delivery": self._refused}
@@ -45,6 +50,15 @@ class Outputs:
     def failure(self) -> BrokerError | None:
         """Of the first record that the broker refused."""
         return self._embeddings.failure or self._refusal
+
+    def begin(self, partition: int) -> None:
+        """Own a partition's embeddings, before its rows are restored.
+
+        Raises
+        ------
+        BrokerError: the broker does not grant it in time.
+        """
+        self._embeddings.begin(partition)
 
     def embeddings(self, partition: int, keys: PackedKeys, values: PackedValues) -> None:
         """Publish embedding records to the partition their events came from."""
@@ -79,24 +93,30 @@ class Outputs:
         self._dead_letters.poll(0)
         self._check()
 
-    def flush(self, timeout_s: float | None = None) -> None:
+    def flush(self, partition: int | None = None, timeout_s: float | None = None) -> None:
         """Wait until everything handed over is confirmed.
 
         Parameters
         ----------
+        partition: of which embeddings; all by default. Dead letters are waited for in any case.
         timeout_s: for how long; never longer than `worker.stop_timeout_s`, which is the default.
 
         Raises
         ------
+        Fenced: another worker writes the partition's embeddings now.
         BrokerError: a record was refused, or the broker did not confirm in time.
         """
         timeout_s = self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
         deadline = time.monotonic() + timeout_s
-        self._embeddings.flush(timeout_s)
+        self._embeddings.flush(timeout_s, partition)
         left = self._dead_letters.flush(max(0.0, deadline - time.monotonic()))
         self._check()
         if left > 0:
             raise BrokerError(f"{left} dead letters were not confirmed within {timeout_s:g} s")
+
+    def give_up(self, partition: int) -> None:
+        """Drop embeddings of a partition that are not confirmed: whoever owns it next publishes them again."""
+        self._embeddings.give_up(partition)
 
     def close(self) -> None:
         """Stop producing; what was not flushed may be lost."""

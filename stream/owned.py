@@ -13,6 +13,7 @@ import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,7 @@ class OwnedPartition:
                 layout=self._layout,
                 ended=ended,
                 publish_ended=self._publish_ended,
-                flush_outputs=self._outputs.flush,
+                flush_outputs=partial(self._outputs.flush, self.partition.number),
                 commit_position=commit_position,
                 executor=self._executor,
                 timeout_s=max(0.0, deadline - loop.time()),
@@ -129,12 +130,16 @@ class OwnedPartition:
     async def _holding(self) -> AsyncIterator[None]:
         async with self._checkpointing:
             try:
-                if self._is_given_up:
-                    raise BrokerError(f"partition {self.partition.number} is given up")
+                self._check()
                 yield
             finally:
                 if self._is_given_up:
                     self._let_go()
+
+    def _check(self) -> None:
+        if self._is_given_up:
+            # Above all nothing is published any more: it would come as from the partition's latest owner.
+            raise BrokerError(f"partition {self.partition.number} is given up")
 
     def _let_go(self) -> None:
         if not self.closed.is_set():
@@ -143,6 +148,7 @@ class OwnedPartition:
             self.closed.set()
 
     def _publish_ended(self, keys: list[bytes]) -> None:
+        self._check()
         self._outputs.tombstones(self.partition.number, PackedKeys.from_list(keys))
 
     async def _renew(self) -> list[bytes]:
@@ -150,6 +156,7 @@ class OwnedPartition:
         number, store = self.partition.number, self.partition.store
         loop = asyncio.get_running_loop()
         for keys, found in store.scan(_PUBLISH_ROWS):
+            self._check()
             self._outputs.embeddings(number, keys, self.partition.embeddings(keys, found, self.served))
             await asyncio.sleep(0)
         ended: list[bytes] = []

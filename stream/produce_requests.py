@@ -19,6 +19,8 @@ __all__ = ["InitProducerId", "ProduceBatches"]
 
 _ALL_IN_SYNC: Final = -1
 _NONE: Final = -1
+#: No transaction is ever begun, but a broker wants to know how long one might take.
+_TRANSACTION_MS: Final = 60_000
 
 
 class _InitProducerIdResponse(Response):  # type: ignore[misc]
@@ -48,15 +50,25 @@ class _InitProducerIdStruct(RequestStruct):  # type: ignore[misc]
 
 
 class InitProducerId(Request[InitProducerIdRequest_v0 | _InitProducerIdStruct]):  # type: ignore[misc]
-    """Asks any broker for a new producer id, without transactions. Version 4, or 0 of brokers before Kafka 2.7."""
+    """Asks the coordinator of a transactional id for its producer id, under a new epoch.
+
+    Version 4, or 0 of brokers before Kafka 2.7.
+
+    Parameters
+    ----------
+    transactional_id: whoever asks for it later is the only one that may still write.
+    """
 
     API_KEY = 22
+
+    def __init__(self, transactional_id: str) -> None:
+        self._transactional_id = transactional_id
 
     def build(self, request_struct_class: Any) -> Any:
         """The request in the version that the broker takes."""
         if request_struct_class.API_VERSION == 0:
-            return request_struct_class(None, 2**31 - 1)
-        return request_struct_class(None, 2**31 - 1, _NONE, _NONE, {})
+            return request_struct_class(self._transactional_id, _TRANSACTION_MS)
+        return request_struct_class(self._transactional_id, _TRANSACTION_MS, _NONE, _NONE, {})
 
 
 class _ProduceStruct(RequestStruct):  # type: ignore[misc]

@@ -212,6 +212,7 @@ class Worker:
                 else:
                     # Taken away while it was restored: who has it now opens it anew.
                     result.close()
+                    self._outputs.give_up(number)
         for result in restored:
             if isinstance(result, BaseException):
                 raise result
@@ -234,6 +235,7 @@ class Worker:
         }
 
     def _restore(self, number: int, serving: Serving) -> OwnedPartition:
+        self._outputs.begin(number)
         restored = restore_partition(
             self.settings,
             number,
@@ -287,6 +289,7 @@ class Worker:
     def _close(self, number: int, owned: OwnedPartition) -> None:
         """Let go of a partition, and of its metrics: another worker serves it."""
         owned.close()
+        self._outputs.give_up(number)
         self._closing[number] = owned
         self.metrics.lag.remove_by_labels({"partition": str(number)})
         self.metrics.rows.remove_by_labels({"partition": str(number)})

@@ -331,5 +331,9 @@ def check_partition(settings: Settings, parameters: ParameterSet, partition: int
             f"the embedding of {key!r} at offset {embedding.offset} is not its state then"
         )
         last[key] = (embedding.offset, embedding.events_seen)
-    assert last == {key: (s.applied_offset, s.events_seen) for key, s in truth.states.items()}
+    expected = {key: (s.applied_offset, s.events_seen) for key, s in truth.states.items()}
+    wrong = {
+        key: (last.get(key), expected.get(key)) for key in last.keys() | expected if last.get(key) != expected.get(key)
+    }
+    assert not wrong, f"last embeddings of partition {partition}: (offset, events) found and expected: {wrong}"
     return truth

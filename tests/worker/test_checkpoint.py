@@ -42,6 +42,7 @@ def owned(system: System) -> Iterator[OwnedPartition]:
     partition = Partition(0, store, 0, decoder, EmbeddingEncoder(layout.hidden, ["accepted"]))
     partition.apply(FetchedBlock(0, 0, block_of(read_topic(settings, settings.topics.events, 0))), served)
     outputs, executor = Outputs(settings), ThreadPoolExecutor(2)
+    outputs.begin(0)
     owned = OwnedPartition(
         settings, layout.fingerprint, partition, ChangelogWriter(settings, 0), Serving(served), outputs, executor, False
     )

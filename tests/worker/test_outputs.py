@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -21,7 +21,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from stream.batch_producer import BatchProducer, ProducerLimits, asyncio_client_config
 from stream.broker import ApacheBroker, Broker, EmbeddedBroker
-from stream.errors import BrokerError
+from stream.errors import BrokerError, Fenced
 from stream.kafka import client_config
 from stream.outputs import Outputs
 from stream.settings import Settings
@@ -83,20 +83,26 @@ def records(first: int, n: int, size: int = 40) -> tuple[list[bytes], list[bytes
 
 
 @contextmanager
-def opened(settings: Settings, limits: ProducerLimits | None = None) -> Iterator[Outputs]:
+def opened(settings: Settings, limits: ProducerLimits | None = None, partitions: int = 1) -> Iterator[Outputs]:
     outputs = Outputs(settings, limits)
     try:
+        for partition in range(partitions):
+            outputs.begin(partition)
         yield outputs
     finally:
         outputs.close()
 
 
 @contextmanager
-def producing(settings: Settings, limits: ProducerLimits | None = None) -> Iterator[BatchProducer]:
+def producing(
+    settings: Settings, limits: ProducerLimits | None = None, partitions: Sequence[int] = (0,)
+) -> Iterator[BatchProducer]:
     producer = BatchProducer(
-        asyncio_client_config(settings), settings.topics.embeddings, settings.kafka.compression, limits
+        asyncio_client_config(settings), settings.topics.embeddings, settings.kafka.compression, "test", limits
     )
     try:
+        for partition in partitions:
+            producer.begin(partition)
         yield producer
     finally:
         producer.close()
@@ -122,7 +128,7 @@ def test_what_is_flushed_can_be_read_in_order(broker: Broker, codec: str) -> Non
     expected: dict[int, list[tuple[bytes, bytes | None]]] = {0: [], 1: [], 2: []}
     before_ms = int(time.time() * 1000)
     # When they are handed over and flushed
-    with opened(settings) as outputs:
+    with opened(settings, partitions=3) as outputs:
         at = 0
         for step, n in enumerate([1, 5000, 3, 700, 0, 40, 9000, 2]):
             keys, values = records(at, n, size=250)
@@ -244,7 +250,7 @@ def test_a_deleted_topic_is_reported(apache_broker: Broker) -> None:
 def test_a_partition_that_the_topic_does_not_have_is_reported(broker: Broker) -> None:
     settings = fresh_settings(broker)
     make_topic(settings, settings.topics.embeddings, 1)
-    with producing(settings, ProducerLimits(unknown_topic_s=0.5)) as producer:
+    with producing(settings, ProducerLimits(unknown_topic_s=0.5), [5]) as producer:
         send(producer, 5, *records(0, 1))
         with pytest.raises(BrokerError, match="has had no partition 5"):
             producer.flush(30.0)
@@ -288,12 +294,13 @@ def test_a_broker_that_is_gone_makes_calls_wait_and_flush_raise(kind: type[Broke
             assert producer.unconfirmed_bytes == 0
 
 
-def test_a_broker_that_was_never_there_makes_flush_raise(free_port: int, tmp_path: Path) -> None:
+def test_a_broker_that_was_never_there_makes_begin_raise(free_port: int, tmp_path: Path) -> None:
     settings = fresh_settings(EmbeddedBroker(tmp_path, port=free_port))
-    with producing(settings, ProducerLimits(delivery_s=1.0)) as producer:
-        send(producer, 0, *records(0, 10))
-        with pytest.raises(BrokerError, match="did not confirm a batch within 1 s"):
-            producer.flush(30.0)
+    with producing(settings, partitions=[]) as producer:
+        with pytest.raises(BrokerError, match="no producer id for partition 0 within 1 s"):
+            producer.begin(0, 1.0)
+        with pytest.raises(BrokerError, match="no producer id"):
+            producer.begin(0, 0.1)
 
 
 def test_a_restarted_broker_has_everything_once_and_in_order(own_apache: Broker) -> None:
@@ -301,7 +308,7 @@ def test_a_restarted_broker_has_everything_once_and_in_order(own_apache: Broker)
     settings = fresh_settings(own_apache, partitions=2)
     make_topic(settings, settings.topics.embeddings, 2)
     at = 0
-    with producing(settings, ProducerLimits(batch_bytes=10_000, request_s=5.0)) as producer:
+    with producing(settings, ProducerLimits(batch_bytes=10_000, request_s=5.0), [0, 1]) as producer:
         for _ in range(2):
             for _ in range(40):
                 for partition in (0, 1):
@@ -369,3 +376,38 @@ def test_json_embeddings_are_json(broker: Broker) -> None:
         outputs.flush()
     ((_, value, *_),) = read(settings, settings.topics.embeddings, 0)
     assert json.loads(value or b"")["vector"] == [0.5, 1.5]
+
+
+def test_nothing_of_an_earlier_writer_comes_after_a_later_one(broker: Broker) -> None:
+    # Given a writer of two partitions
+    settings = fresh_settings(broker)
+    make_topic(settings, settings.topics.embeddings, 2)
+    with producing(settings, partitions=[0, 1]) as first, producing(settings, partitions=[]) as second:
+        for partition in (0, 1):
+            send(first, partition, [b"k"], [b"1"])
+        first.flush(30.0)
+        # When another one has begun to write one of them
+        second.begin(0)
+        send(second, 0, [b"k"], [b"2"])
+        second.flush(30.0)
+        # Then what the first still has to send there is refused, however often
+        for value in (b"3", b"4"):
+            send(first, 0, [b"k"], [value])
+            with pytest.raises(Fenced, match="another worker writes partition 0 now"):
+                first.flush(30.0, 0)
+        # And the other partition is still its own
+        send(first, 1, [b"k"], [b"5"])
+        first.flush(30.0, 1)
+        assert first.failure is None
+        # And once it owns the partition again, it is the later one
+        first.give_up(0)
+        with pytest.raises(BrokerError, match="partition 0 is not written from here"):
+            send(first, 0, [b"k"], [b"6"])
+        first.begin(0)
+        send(first, 0, [b"k"], [b"6"])
+        first.flush(30.0)
+        send(second, 0, [b"k"], [b"7"])
+        with pytest.raises(Fenced):
+            second.flush(30.0)
+    assert [value for _, value, *_ in read(settings, settings.topics.embeddings, 0)] == [b"1", b"2", b"6"]
+    assert [value for _, value, *_ in read(settings, settings.topics.embeddings, 1)] == [b"1", b"5"]

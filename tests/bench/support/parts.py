@@ -124,7 +124,11 @@ def publish(site: Site, value_bytes: int, records: int, batch: int) -> float:
     """Records of that size as the worker publishes embeddings, `batch` to a call, until all are confirmed."""
     keep_freed_memory()
     topics = site.settings.topics
-    producer = BatchProducer(asyncio_client_config(site.settings), topics.embeddings, site.settings.kafka.compression)
+    producer = BatchProducer(
+        asyncio_client_config(site.settings), topics.embeddings, site.settings.kafka.compression, "bench"
+    )
+    for partition in range(topics.partitions):
+        producer.begin(partition)
     rng = np.random.default_rng(4)
     # States of a trained network hardly compress: neither do these.
     values = PackedValues.from_list([rng.bytes(value_bytes) for _ in range(batch)])

@@ -17,11 +17,18 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from stream.store import EmbeddingStore
+from stream.store import FOR_EVER, EmbeddingStore, StoreOptions
 from stream.wire import EventColumns, EventDecoder, RecordBlock
 from stream.wire.block import Headers
 
-__all__ = ["Admitted", "FrequencyFilter"]
+__all__ = ["Admitted", "FrequencyFilter", "event_ttls"]
+
+
+def event_ttls(options: StoreOptions) -> NDArray[np.int64] | None:
+    """How long an event of each modality keeps a row alive, (modalities,); None where all do for equally long."""
+    if not options.event_ttls_ms:
+        return None
+    return np.array([FOR_EVER if ttl is None else ttl for ttl in options.event_ttls_ms], np.int64)
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class FrequencyFilter:
     def __init__(self, store: EmbeddingStore, decoder: EventDecoder) -> None:
         self._store = store
         self._decoder = decoder
+        self._ttl_ms = event_ttls(store.options)
 
     def admit(self, records: RecordBlock, columns: EventColumns) -> Iterator[Admitted]:
         """Pieces of a block, in order; each has to be applied before the next is asked for.
@@ -58,7 +66,11 @@ class FrequencyFilter:
         while len(left):
             keys = columns.keys.take(left)
             admission = self._store.observe(
-                keys, columns.offsets[left], columns.timestamp_ms[left], _Payloads(records, left)
+                keys,
+                columns.offsets[left],
+                columns.timestamp_ms[left],
+                _Payloads(records, left),
+                None if self._ttl_ms is None else self._ttl_ms[columns.modality[left]],
             )
             piece, left = left[: admission.stop], left[admission.stop :]
             own = piece[admission.admitted[: admission.stop]]

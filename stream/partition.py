@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stream.frequency import FrequencyFilter
+from stream.frequency import FrequencyFilter, event_ttls
 from stream.model.engine import Advanced, Engine
 from stream.model.heads import LogisticHead, Questions
 from stream.model.kernels import expiry_parts
@@ -119,6 +119,7 @@ class Partition:
         self.position = position
         self._decoder = decoder
         self._encoder = encoder
+        self._ttl_ms = event_ttls(store.options)
         self._filter = FrequencyFilter(store, decoder) if store.options.admission_threshold > 1 else None
 
     def follows(self, block: FetchedBlock) -> bool:
@@ -168,6 +169,7 @@ class Partition:
         with self.store.update(columns.keys.take(accepted)) as found:
             slots[accepted] = found
             for part in self._parts(columns, slots, accepted) if expire else (slots,):
+                self._prolong(columns, part)
                 advanced = served.engine.advance(columns, part, self.store)
                 if not done.silently:
                     done.publish(*self._publish(columns, part, advanced, served))
@@ -191,6 +193,14 @@ class Partition:
         """End expired rows for about `budget_ms`; returns the clients whose embeddings are to be deleted."""
         return self.store.sweep(budget_ms) + self.store.take_capped()
 
+    def _prolong(self, columns: EventColumns, slots: NDArray[np.int64]) -> None:
+        """Let each event that will be applied keep its row alive for as long as its modality says."""
+        if self._ttl_ms is None:
+            return
+        at = np.flatnonzero(slots >= 0)
+        at = at[columns.offsets[at] > self.store.applied_offset[slots[at]]]
+        self.store.prolong(slots[at], columns.timestamp_ms[at], self._ttl_ms[columns.modality[at]])
+
     def _parts(
         self, columns: EventColumns, slots: NDArray[np.int64], accepted: NDArray[np.int64]
     ) -> Iterator[NDArray[np.int64]]:
@@ -199,7 +209,7 @@ class Partition:
         Without a time to live the batch is one part. With one, a new part begins where a row expires between
         two of its own events.
         """
-        ttl_ms = self.store.options.ttl_ms
+        ttl_ms = self.store.longest_ttl_ms
         if ttl_ms is None:
             yield slots
             return
@@ -207,9 +217,10 @@ class Partition:
         part, expires, watermark = expiry_parts(
             client,
             columns.timestamp_ms[accepted],
+            self._kept(columns, accepted),
             columns.offsets[accepted] > self.store.applied_offset[slots[accepted]],
             self.store.events_seen[distinct] > 0,
-            self.store.last_event_ms[distinct],
+            self.store.aged(distinct),
             self.store.watermark_ms,
             ttl_ms,
         )
@@ -221,6 +232,12 @@ class Partition:
             inside = accepted[part == number]
             chosen[inside] = slots[inside]
             yield chosen
+
+    def _kept(self, columns: EventColumns, at: NDArray[np.int64]) -> NDArray[np.int64]:
+        timestamps = columns.timestamp_ms[at]
+        return (
+            timestamps if self._ttl_ms is None else self.store.aged_at(timestamps, self._ttl_ms[columns.modality[at]])
+        )
 
     def _publish(
         self,

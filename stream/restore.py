@@ -17,7 +17,7 @@ from stream.changelog import ChangelogWriter, PartitionMeta, read_changelog
 from stream.checkpoint import META_NAME, LocalMeta
 from stream.errors import StoreError
 from stream.kafka import log_ends
-from stream.settings import Settings
+from stream.settings import Settings, row_ttls
 from stream.store import EmbeddingStore, StoreOptions
 
 __all__ = ["Restored", "other_paths", "partition_path", "restore_partition", "store_options"]
@@ -51,10 +51,12 @@ def other_paths(settings: Settings, number: int, trunk: str) -> list[Path]:
 def store_options(settings: Settings, width: int) -> StoreOptions:
     """Options of one partition's store; the worker's memory is shared evenly by all partitions."""
     store = settings.store
+    ttl_ms, event_ttls_ms = row_ttls(settings)
     return StoreOptions(
         width=width,
         memory_rows=max(64, store.memory_rows // settings.topics.partitions),
-        ttl_ms=None if store.ttl_s is None else int(store.ttl_s * 1000),
+        ttl_ms=ttl_ms,
+        event_ttls_ms=event_ttls_ms,
         max_rows=store.max_rows,
         min_rows=store.min_rows,
         cold_rows=None if store.cold_rows is None else store.cold_rows // settings.topics.partitions,

@@ -38,6 +38,7 @@ __all__ = [
     "Worker",
     "load",
     "parse",
+    "row_ttls",
 ]
 
 ENVIRONMENT_PREFIX = "LIVESTATE_"
@@ -48,6 +49,9 @@ Seconds = Annotated[float, Meta(gt=0)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,62}$")]
 TopicName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,249}$")]
+
+#: Most seconds between the shortest time to live of a row and the longest.
+_TTL_SPREAD_S = 4 * 365 * 86_400
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -138,6 +142,9 @@ class Modality(_Section, frozen=True):
     """One kind of event."""
 
     fields: dict[Name, Field] = {}
+    #: An event of this kind keeps its client for so long, in event time; by default for `store.ttl_s`. A client is
+    #: forgotten once the time of every event of its own is over. At most four years longer than the shortest.
+    ttl_s: Annotated[float, Meta(gt=0, le=1e11)] | None = None
 
 
 class Where(_Section, frozen=True):
@@ -227,7 +234,8 @@ class Store(_Section, frozen=True):
     #: Most copies, in a scratch file beside each partition's database, of rows that left memory, which makes reading
     #: them back fast; by default ten for each row of `memory_rows` while a tenth of the file system is free.
     cold_rows: Natural | None = None
-    #: A client without events for so long, in event time, is forgotten; without it never.
+    #: A client without events for so long, in event time, is forgotten; without it never. A modality may have a
+    #: `ttl_s` of its own.
     ttl_s: Seconds | None = None
     #: Most rows of a partition; the least recently updated go first.
     max_rows: Annotated[int, Meta(ge=64)] | None = None
@@ -304,6 +312,18 @@ class Settings(_Section, frozen=True):
     pretrain: Pretrain = Pretrain()
 
 
+def row_ttls(settings: Settings) -> tuple[int | None, tuple[int | None, ...]]:
+    """How long rows live, and, where that is not the same for all modalities, what an event of each one gives a row.
+
+    In milliseconds of event time, None for ever; modalities in the order of the settings.
+    """
+    own = [settings.store.ttl_s if one.ttl_s is None else one.ttl_s for one in settings.modalities.values()]
+    ttl_ms, *event_ttls_ms = [None if ttl is None else int(ttl * 1000) for ttl in (settings.store.ttl_s, *own)]
+    if len(set(event_ttls_ms)) == 1:
+        return event_ttls_ms[0], ()
+    return ttl_ms, tuple(event_ttls_ms)
+
+
 def load(path: str | Path, environment: Mapping[str, str] | None = None) -> Settings:
     """Read settings from a TOML file, overridden by the environment.
 
@@ -343,9 +363,13 @@ def parse(text: str, environment: Mapping[str, str] | None = None, source: str =
 def _explain(tree: dict[str, Any], error: msgspec.ValidationError, source: str) -> str:
     """Turn msgspec's `Expected ... - at `$.a.b`` into name, value and what would do."""
     text, _, path = str(error).partition(" - at `$")
-    names = path.rstrip("`").replace("[...]", ".[...]").strip(".").split(".") if path else []
+    names = path.rstrip("`").replace("[...]", ".*").strip(".").split(".") if path else []
     value: Any = tree
-    for name in names:
+    kind: Any = Settings
+    for at, name in enumerate(names):
+        if name == "*" and isinstance(value, dict):
+            names[at] = name = _refused_key(value, _member(kind, name))
+        kind = _member(kind, name)
         if isinstance(value, dict) and name in value:
             value = value[name]
         else:
@@ -355,6 +379,16 @@ def _explain(tree: dict[str, Any], error: msgspec.ValidationError, source: str) 
         accepted = _accepted_names(names)
         return f"{source}: {section}: {text}" + (f"; accepted: {', '.join(accepted)}" if accepted else "")
     return f"{source}: {'.'.join(names)} = {value!r}: {text[0].lower()}{text[1:]}"
+
+
+def _refused_key(section: dict[str, Any], kind: Any) -> str:
+    """The first key of a table of sections whose section is refused; msgspec does not name it."""
+    for key, value in section.items():
+        try:
+            msgspec.convert(value, kind)
+        except msgspec.ValidationError:
+            return key
+    return "*"
 
 
 def _accepted_names(names: list[str]) -> list[str]:
@@ -435,8 +469,21 @@ def _check_references(settings: Settings) -> None:
     for target in settings.pretrain.targets:
         if target not in known:
             _refuse("pretrain.targets", target, f"category fields with an embedding: {sorted(known)}")
+    _check_ttls(settings)
     if settings.store.max_rows is not None and settings.store.min_rows > settings.store.max_rows:
         _refuse("store.min_rows", settings.store.min_rows, f"at most store.max_rows = {settings.store.max_rows}")
+
+
+def _check_ttls(settings: Settings) -> None:
+    own = {f"modalities.{name}.ttl_s": one.ttl_s for name, one in settings.modalities.items() if one.ttl_s is not None}
+    if not own:
+        return
+    shortest = min([*own.values(), *([] if settings.store.ttl_s is None else [settings.store.ttl_s])])
+    for name, ttl_s in {**own, "store.ttl_s": settings.store.ttl_s}.items():
+        if ttl_s is not None and ttl_s > shortest + _TTL_SPREAD_S:
+            _refuse(
+                name, ttl_s, f"at most four years ({_TTL_SPREAD_S} s) above the shortest time to live, {shortest} s"
+            )
 
 
 def _check_field(name: str, field: Field) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stream.errors import SettingsError
-from stream.settings import load, parse
+from stream.settings import load, parse, row_ttls
 from tests.support.settings import SETTINGS
 
 EXAMPLES = Path(__file__).parents[1] / "stream" / "examples"
@@ -32,6 +32,14 @@ def test_the_shipped_examples_are_accepted(path: Path) -> None:
         ('[pretrain]\ntargets = ["pay.amount"]', "pretrain.targets", "'pay.amount'", "['offer.product'"),
         ('[[memory]]\nname = "payments"\nmodality = "pay"\nkind = "count"', "memory.name", "'payments'", "no other"),
         ('[[memory]]\nname = "m"\nmodality = "x"\nkind = "count"', "memory[m].modality", "'x'", "['offer', 'pay']"),
+        ("[modalities.pay]\nttl_s = 0", "modalities.pay.ttl_s", "0", "> 0"),
+        ('[modalities.pay]\nttl_s = "1 day"', "modalities.pay.ttl_s", "'1 day'", "`float | null`"),
+        (
+            "[modalities.pay]\nttl_s = 60\n[store]\nttl_s = 200_000_000",
+            "store.ttl_s",
+            "200000000.0",
+            "at most four years (126144000 s) above the shortest time to live, 60.0 s",
+        ),
         (
             '[[memory]]\nname = "m"\nmodality = "pay"\nkind = "sum"\nfield = "merchant"',
             "memory[m].field",
@@ -63,6 +71,24 @@ def test_a_wrong_setting_is_refused_by_name_value_and_remedy(extra: str, name: s
     assert accepted in text
 
 
+@pytest.mark.parametrize(
+    ("extra", "store_ms", "event_ms"),
+    [
+        ("", None, ()),
+        ("[store]\nttl_s = 60", 60_000, ()),
+        ("[modalities.pay]\nttl_s = 60", None, (60_000, None)),
+        ("[modalities.offer]\nttl_s = 1.5\n[store]\nttl_s = 60", 60_000, (60_000, 1_500)),
+        # All the same is one for all
+        ("[modalities.pay]\nttl_s = 5\n[modalities.offer]\nttl_s = 5\n[store]\nttl_s = 60", 5_000, ()),
+        ("[modalities.pay]\nttl_s = 60\n[store]\nttl_s = 60", 60_000, ()),
+    ],
+)
+def test_times_to_live_are_those_of_modalities_or_else_of_the_store(
+    extra: str, store_ms: int | None, event_ms: tuple[int | None, ...]
+) -> None:
+    assert row_ttls(parse(SETTINGS + "\n" + extra)) == (store_ms, event_ms)
+
+
 def test_the_environment_overrides_the_file() -> None:
     settings = parse(
         SETTINGS,
@@ -70,6 +96,7 @@ def test_the_environment_overrides_the_file() -> None:
             "LIVESTATE_KAFKA__BOOTSTRAP_SERVERS": "kafka:9092",
             "LIVESTATE_WORKER__HTTP_PORT": "7000",
             "LIVESTATE_STORE__TTL_S": "3600.5",
+            "LIVESTATE_MODALITIES__PAY__TTL_S": "7200",
             "LIVESTATE_TASKS__ACCEPTED__PRIOR_VARIANCE": "0.5",
             "LIVESTATE_MODALITIES__PAY__FIELDS__AMOUNT__MAX": "5",
             "UNRELATED": "1",
@@ -78,6 +105,7 @@ def test_the_environment_overrides_the_file() -> None:
     assert settings.kafka.bootstrap_servers == "kafka:9092"
     assert settings.worker.http_port == 7000
     assert settings.store.ttl_s == 3600.5
+    assert settings.modalities["pay"].ttl_s == 7200.0
     assert settings.tasks["accepted"].prior_variance == 0.5
     assert settings.modalities["pay"].fields["amount"].max == 5.0
 

@@ -26,7 +26,7 @@ from stream.model.engine import Engine, Triggers
 from stream.model.heads import Questions
 from stream.model.layout import Layout
 from stream.model.parameters import ParameterSet, Tensor
-from stream.settings import Settings
+from stream.settings import Settings, row_ttls
 from stream.wire import EventColumns, EventDecoder, Schema, decode_feedback
 from trainer.checkpoint import Changes, Database, pack_array, unpack_array
 from trainer.joiner import Example, Joined, Joiner
@@ -121,10 +121,7 @@ class OnlineTrainer:
         self._parameters_saved = self.resumed
         self.engine = Engine(self.layout, parameters)
         self.engine.cell.self_check(np.random.default_rng(settings.model.seed))
-        ttl = settings.store.ttl_s
-        self.replica = Replica(
-            database, self.layout.width, settings.store.memory_rows, None if ttl is None else int(ttl * 1000)
-        )
+        self.replica = Replica(database, self.layout.width, settings.store.memory_rows, *row_ttls(settings))
         self.joiner = Joiner(
             database,
             {name: int(task.feedback_ttl_s * 1000) for name, task in settings.tasks.items()},
@@ -185,6 +182,7 @@ class OnlineTrainer:
                 self.joiner.watermarks,
             )
             late = late_events(slots, columns.timestamp_ms, columns.offsets, self.replica)
+            self.replica.prolong(slots, columns.timestamp_ms, columns.offsets, columns.modality)
             advanced = self.engine.advance(columns, slots, self.replica)
             events = advanced.events
             partitions = np.array([record.partition for record in records], np.int64)

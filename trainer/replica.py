@@ -5,7 +5,8 @@ not used lately leave it after a checkpoint and are read back from the database 
 rows have changed since the last checkpoint, `is_full` asks for one.
 
 Guaranteed: a row in the database is of a checkpoint's instant, never newer. Rows past their time to live
-start from nothing when their client returns, and leave the disk in bounded slices (`sweep`).
+start from nothing when their client returns, and leave the disk in bounded slices (`sweep`). Where events of different
+modalities keep rows for different times, a row lives as long as it does in a worker.
 
 Not guaranteed: what `store.max_rows` does in a worker. A client that was put out there by that cap starts
 anew in the worker and goes on here.
@@ -27,6 +28,10 @@ __all__ = ["Replica", "late_events"]
 
 _PREFIX = b"r"
 _HEADER_BYTES = 24
+#: After the floats, where modalities differ.
+_DEADLINE_BYTES = 8
+#: Milliseconds that never pass.
+_FOR_EVER = 2**61
 _FIRST_ROWS = 1024
 #: Rows looked at for their time to live in one sweep.
 _SWEEP_ROWS = 5_000
@@ -42,13 +47,25 @@ class Replica:
     width: floats in a row.
     memory_rows: rows kept in memory between checkpoints.
     ttl_ms: time to live in event time against the partition's watermark; None: for ever.
+    event_ttls_ms: the same of events of each modality, where they differ.
     """
 
-    def __init__(self, database: Database, width: int, memory_rows: int, ttl_ms: int | None) -> None:
+    def __init__(
+        self,
+        database: Database,
+        width: int,
+        memory_rows: int,
+        ttl_ms: int | None,
+        event_ttls_ms: Sequence[int | None] = (),
+    ) -> None:
         self._database = database
         self._width = width
         self._limit = memory_rows
-        self._ttl_ms = ttl_ms
+        self._default_ms = _FOR_EVER if ttl_ms is None else ttl_ms
+        self._event_ms = np.array([_FOR_EVER if ttl is None else ttl for ttl in event_ttls_ms], np.int64)
+        every = [self._default_ms, *self._event_ms.tolist()]
+        self._shortest_ms, self._longest_ms = min(every), max(every)
+        self._ends = self._shortest_ms < _FOR_EVER
         self._slot: dict[bytes, int] = {}
         self._free: list[int] = []
         self._key: list[bytes] = []
@@ -57,6 +74,8 @@ class Replica:
         self._tick = 0
         self._expired: set[bytes] = set()
         self._cursor: bytes | None = None
+        # Event time at which each row is expired; kept where modalities differ.
+        self._deadline_ms = np.zeros(0, np.int64)
         self.vectors = np.zeros((0, width), np.float32)
         self.events_seen = np.zeros(0, np.int64)
         self.last_event_ms = np.zeros(0, np.int64)
@@ -85,7 +104,7 @@ class Replica:
             self._admit(list(dict.fromkeys(keys[i] for i in missing)))
             for i in missing.tolist():
                 found[i] = self._slot[keys[i]]
-        if self._ttl_ms is not None:
+        if self._ends:
             self._expire(found, np.asarray(partitions, np.int64), watermarks)
         self._tick += 1
         self._used[found] = self._tick
@@ -106,26 +125,57 @@ class Replica:
                 self._decode(slot, row)
 
     def _expire(self, slots: NDArray[np.int64], partitions: NDArray[np.int64], watermarks: dict[int, int]) -> None:
-        limit = np.array([watermarks.get(p, 0) for p in partitions.tolist()], np.int64) - (self._ttl_ms or 0)
-        over = (self.events_seen[slots] > 0) & (self.last_event_ms[slots] <= limit)
+        now = np.array([watermarks.get(p, 0) for p in partitions.tolist()], np.int64)
+        deadline = self._deadline_ms[slots] if len(self._event_ms) else self.last_event_ms[slots] + self._default_ms
+        over = (self.events_seen[slots] > 0) & (deadline <= now)
         for slot in np.unique(slots[over]).tolist():
             self._reset(slot)
 
+    def prolong(
+        self,
+        slots: NDArray[np.int64],
+        timestamp_ms: NDArray[np.int64],
+        offsets: NDArray[np.int64],
+        modality: NDArray[np.int32],
+    ) -> None:
+        """Before events are applied, each (n,): let them keep their rows for as long as their modality says."""
+        if not len(self._event_ms):
+            return
+        at = np.flatnonzero(slots >= 0)
+        at = at[offsets[at] > self.applied_offset[slots[at]]]
+        np.maximum.at(self._deadline_ms, slots[at], timestamp_ms[at] + self._event_ms[modality[at]])
+
+    def _deadline_of(self, row: bytes) -> int:
+        """When a row of the database is expired."""
+        (last_ms,) = struct.unpack_from("<q", row, 8)
+        life_ms = self._default_ms
+        if len(self._event_ms) and len(row) == self._row_bytes + _DEADLINE_BYTES:
+            # As in a worker, what settings of before allowed is bounded by what these do.
+            (deadline_ms,) = struct.unpack_from("<q", row, self._row_bytes)
+            life_ms = min(max(deadline_ms - last_ms, self._shortest_ms), self._longest_ms)
+        return int(last_ms) + life_ms
+
+    @property
+    def _row_bytes(self) -> int:
+        return _HEADER_BYTES + 4 * self._width
+
     def _reset(self, slot: int) -> None:
+        self._deadline_ms[slot] = 0
         self.vectors[slot] = 0.0
         self.events_seen[slot] = 0
         self.last_event_ms[slot] = 0
         self.applied_offset[slot] = -1
 
     def _decode(self, slot: int, row: bytes) -> None:
-        if len(row) != _HEADER_BYTES + 4 * self._width:
+        if len(row) not in (self._row_bytes, self._row_bytes + _DEADLINE_BYTES):
             raise StoreError(
-                f"a row of {self._database.path} has {len(row)} bytes: expected "
-                f"{_HEADER_BYTES + 4 * self._width}; its settings were others"
+                f"a row of {self._database.path} has {len(row)} bytes: expected {self._row_bytes}, or "
+                f"{_DEADLINE_BYTES} more; its settings were others"
             )
         seen, last_ms, offset = struct.unpack_from("<qqq", row)
         self.events_seen[slot], self.last_event_ms[slot], self.applied_offset[slot] = seen, last_ms, offset
-        self.vectors[slot] = np.frombuffer(row, np.float32, offset=_HEADER_BYTES)
+        self.vectors[slot] = np.frombuffer(row, np.float32, self._width, _HEADER_BYTES)
+        self._deadline_ms[slot] = self._deadline_of(row)
 
     def _grow(self, rows: int) -> None:
         before = len(self._dirty)
@@ -134,6 +184,7 @@ class Replica:
         self.events_seen = np.concatenate([self.events_seen, np.zeros(added, np.int64)])
         self.last_event_ms = np.concatenate([self.last_event_ms, np.zeros(added, np.int64)])
         self.applied_offset = np.concatenate([self.applied_offset, np.full(added, -1, np.int64)])
+        self._deadline_ms = np.concatenate([self._deadline_ms, np.zeros(added, np.int64)])
         self._dirty = np.concatenate([self._dirty, np.zeros(added, np.bool_)])
         self._used = np.concatenate([self._used, np.zeros(added, np.int64)])
         self._key += [b""] * added
@@ -141,14 +192,13 @@ class Replica:
 
     def sweep(self, watermarks: dict[int, int]) -> None:
         """Find the next slice of rows past their time to live on disk; the next checkpoint drops them."""
-        if self._ttl_ms is None:
+        if not self._ends:
             return
         looked, last = 0, None
         for key, row in self._database.scan(_PREFIX, self._cursor):
             looked, last = looked + 1, key
             (partition,) = struct.unpack_from(">I", key, 1)
-            (last_ms,) = struct.unpack_from("<q", row, 8)
-            if key not in self._slot and last_ms <= watermarks.get(partition, 0) - self._ttl_ms:
+            if key not in self._slot and self._deadline_of(row) <= watermarks.get(partition, 0):
                 self._expired.add(key)
             if looked >= _SWEEP_ROWS:
                 break
@@ -161,9 +211,10 @@ class Replica:
                 changes[key] = None
         dirty = np.flatnonzero(self._dirty)
         header = np.stack([self.events_seen[dirty], self.last_event_ms[dirty], self.applied_offset[dirty]], axis=1)
-        encoded = np.concatenate(
-            [header.view(np.uint8).reshape(len(dirty), _HEADER_BYTES), self.vectors[dirty].view(np.uint8)], axis=1
-        )
+        parts = [header.view(np.uint8).reshape(len(dirty), _HEADER_BYTES), self.vectors[dirty].view(np.uint8)]
+        if len(self._event_ms):
+            parts.append(self._deadline_ms[dirty].view(np.uint8).reshape(len(dirty), _DEADLINE_BYTES))
+        encoded = np.concatenate(parts, axis=1)
         size = encoded.shape[1]
         data = encoded.tobytes()
         for i, slot in enumerate(dirty.tolist()):

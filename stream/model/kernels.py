@@ -265,12 +265,13 @@ def scatter_hidden(source, rows, slots, columns, vectors):  # type: ignore[no-un
 
 
 @njit(cache=True, nogil=True)
-def expiry_parts(client, timestamps, is_new, seen, last_event_ms, watermark_ms, ttl_ms):  # type: ignore[no-untyped-def]
+def expiry_parts(client, timestamps, kept, is_new, seen, aged, watermark_ms, ttl_ms):  # type: ignore[no-untyped-def]
     """Where rows expire within a batch, as if its events came one at a time.
 
     `client` (n,) numbers the clients of the batch; `is_new` (n,) is false for events their rows have applied;
-    `seen` and `last_event_ms` are the rows' as they are before the batch. An event moves the watermark first, then
-    its row is expired if it was last updated `ttl_ms` or longer before.
+    `seen` and `aged` are the rows' as they are before the batch: by the latter they are expired `ttl_ms` later. An
+    event at `timestamps` moves the watermark first, then its row may be found expired, then `aged` becomes `kept` of
+    the event where that is later. Where all events keep rows alive for equally long these are times of events.
 
     Returns (n,) arrays: the part of the batch each event belongs to (a part ends where a row expires that has an
     earlier event in it), whether the event's row expires right before it, and the watermark then.
@@ -280,7 +281,7 @@ def expiry_parts(client, timestamps, is_new, seen, last_event_ms, watermark_ms, 
     expires = np.zeros(n, np.bool_)
     watermark = np.empty(n, np.int64)
     alive = seen.copy()
-    last = last_event_ms.copy()
+    last = aged.copy()
     last_part = np.full(seen.shape[0], -1, np.int64)
     current = 0
     for i in range(n):
@@ -292,9 +293,9 @@ def expiry_parts(client, timestamps, is_new, seen, last_event_ms, watermark_ms, 
                 expires[i] = True
                 if last_part[c] == current:
                     current += 1
-                last[c] = timestamps[i]
-            elif not alive[c] or timestamps[i] > last[c]:
-                last[c] = timestamps[i]
+                last[c] = kept[i]
+            elif not alive[c] or kept[i] > last[c]:
+                last[c] = kept[i]
             alive[c] = True
             last_part[c] = current
         part[i] = current

@@ -15,12 +15,14 @@ from stream.store.admission import Admission
 from stream.store.checkpoint import Checkpoint
 from stream.store.faults import StoreCorrupt, StoreFull, StoreLocked, StoreReadOnly
 from stream.store.keys import MAX_KEY_BYTES, PackedKeys
+from stream.store.lives import FOR_EVER
 from stream.store.optimizer import Adagrad, Adam, Optimizer, Sgd, apply_gradients
 from stream.store.options import StoreOptions
 from stream.store.snapshot import Snapshot
 from stream.store.store import EmbeddingStore
 
 __all__ = [
+    "FOR_EVER",
     "MAX_KEY_BYTES",
     "Adagrad",
     "Adam",

@@ -86,7 +86,7 @@ class Update:
                 core.advance(self._now_ms)
             self._slots, self._made = core.begin(self._keys)
             core.updating = True
-            self._meta = core.table.meta[self._slots]
+            self._accounts = core.table.account(self._slots)
             self._rows = core.table.rows[self._slots]
         except BaseException:
             core.lock.release()
@@ -114,10 +114,10 @@ class Update:
     def _put_back(self) -> None:
         core, slots = self._core, self._slots
         known = slots >= 0
-        core.table.meta[slots[known]] = self._meta[known]
+        core.table.set_account(slots[known], self._accounts[known])
         core.table.rows[slots[known]] = self._rows[known]
         # A row that entry itself made, or started anew, ends again: nothing of it was visible before.
-        begun = np.unique(slots[known & (self._meta[:, 0] == 0) & (self._meta[:, 1] == 0)])
+        begun = np.unique(slots[known & (self._accounts[:, 0] == 0) & (self._accounts[:, 1] == 0)])
         waiting = np.array(list(core.undo_waiting), np.int64)
         ended = np.setdiff1d(begun, np.concatenate([self._made, waiting]))
         # Some may have been dead before, and told; to be told twice harms nobody.
@@ -126,7 +126,8 @@ class Update:
         admitted = np.intersect1d(begun, waiting)
         core.table.flags[admitted] |= layout.WAITING
         for slot in admitted.tolist():
-            core.table.meta[slot], core.table.held[slot] = core.undo_waiting[slot]
+            account, core.table.held[slot] = core.undo_waiting[slot]
+            core.table.set_account(np.array([slot]), account)
         undone = int(self._made.shape[0] + admitted.shape[0])
         core.admitted -= undone
         core.rows -= undone

@@ -47,7 +47,12 @@ class Admission(NamedTuple):
 
 
 def observe(
-    core: Core, keys: PackedKeys, offsets: Int64 | None, event_ms: Int64, payloads: Sequence[bytes] | None
+    core: Core,
+    keys: PackedKeys,
+    offsets: Int64 | None,
+    event_ms: Int64,
+    payloads: Sequence[bytes] | None,
+    life_ms: Int64,
 ) -> Admission:
     """EmbeddingStore.observe, under the lock."""
     n = len(keys)
@@ -63,17 +68,17 @@ def observe(
         hashes = table.hashes(keys)
         created = table.insert(keys, hashes, slots, missing)
         table.flags[slots[created]] |= layout.WAITING
-    clients = last = np.empty(0, np.int64)
-    ttl = core.options.ttl_ms
+    clients = newest = np.empty(0, np.int64)
+    ttl = core.lives.longest_ms
     if ttl is not None and n:
         # Only then can a key expire through the batch's own event time.
         latest = max(core.watermark, int(event_ms.max())) - ttl
-        at = table.last_event_ms[slots]
-        if int(event_ms.min()) <= latest or bool(
+        at = table.aged(slots)
+        if int(core.lives.aged(event_ms, life_ms).min()) <= latest or bool(
             ((at <= latest) & ((table.events_seen[slots] != 0) | (at != 0))).any()
         ):
             distinct, clients = np.unique(slots, return_inverse=True)
-            last = np.empty(distinct.shape[0], np.int64)
+            newest = np.empty(distinct.shape[0], np.int64)
     actions = np.zeros(n, np.uint8)
     stop, ended = counting.count(
         table.records,
@@ -85,8 +90,11 @@ def observe(
         core.watermark,
         ttl or 0,
         clients,
-        last,
+        newest,
         actions,
+        core.lives.lags(life_ms),
+        core.lives.mask,
+        core.lives.default_lag,
     )
     core.rows -= ended
     core.expired += ended
@@ -128,7 +136,7 @@ def _restart(core: Core, slots: Int64) -> None:
     table = core.table
     flags = table.flags[slots]
     used = (table.events_seen[slots] != 0) | (table.last_event_ms[slots] != 0)
-    over = ((flags & layout.DEAD) != 0) | (used & (table.last_event_ms[slots] <= core.horizon))
+    over = ((flags & layout.DEAD) != 0) | (used & (table.aged(slots) <= core.horizon))
     at = np.unique(slots[over])
     if not at.shape[0]:
         return
@@ -137,6 +145,7 @@ def _restart(core: Core, slots: Int64) -> None:
     core.expired += int(was_row.sum())
     table.events_seen[at] = 0
     table.last_event_ms[at] = 0
+    core.lives.write(table.records, at, np.full(at.shape[0], core.lives.default_lag))
     table.flags[at] = (table.flags[at] & np.uint8(0xFF ^ layout.DEAD)) | layout.WAITING
     for slot in at.tolist():
         table.held.pop(slot, None)
@@ -160,7 +169,7 @@ def _observe_sketch(core: Core, keys: PackedKeys, payloads: Sequence[bytes] | No
     known = slots >= 0
     live = np.zeros(len(keys), np.bool_)
     live[known] = (table.flags[slots[known]] & _NOT_LIVE) == 0
-    live[known] &= table.last_event_ms[slots[known]] > core.horizon
+    live[known] &= table.aged(slots[known]) > core.horizon
     rest = np.flatnonzero(~live)
     sub = keys.take(rest)
     reached = core.sketch.count(sub)

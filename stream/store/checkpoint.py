@@ -202,7 +202,7 @@ class Checkpoint:
         batch = piece.batch
         if batch is not None:
             aged = ((flags & layout.AGED) != 0).tolist()
-            for key, row, known, ms in zip(keys, encoded, aged, table.last_event_ms[slots].tolist(), strict=True):
+            for key, row, known, ms in zip(keys, encoded, aged, table.aged(slots).tolist(), strict=True):
                 if row is None:
                     batch.delete("rows", key)
                     continue

@@ -16,7 +16,8 @@ import numpy.typing as npt
 from stream.store import arena, kernels, layout
 from stream.store.faults import explain
 from stream.store.keys import PackedKeys
-from stream.store.table import Table
+from stream.store.lives import Lives
+from stream.store.table import Hasher, Table
 
 __all__ = ["Cold"]
 
@@ -38,11 +39,16 @@ _LEFT_FREE = 0.1
 class Cold:
     """Up to `rows` copies; the least recently read make room for others.
 
-    growing: take room as copies come, while a tenth of the file system stays free. Otherwise room for all `rows`
-    is taken at once; raises StoreError naming the folder where there is none.
+    seed, hasher, lives: of the table whose rows they are. growing: take room as copies come, while a tenth of the file
+    system stays free. Otherwise room for all `rows` is taken at once; raises StoreError naming the folder where there
+    is none.
     """
 
-    def __init__(self, folder: Path, floats: int, rows: int, seed: int, *, growing: bool) -> None:
+    def __init__(
+        self, folder: Path, floats: int, rows: int, seed: int, hasher: Hasher | None, lives: Lives, *, growing: bool
+    ) -> None:
+        self._hasher = hasher
+        self._lives = lives
         self._rows = rows
         self._room = 0
         self._growing = growing
@@ -66,7 +72,7 @@ class Cold:
         return self._scratch.taken_bytes
 
     def _make(self, floats: int, seed: int) -> Table:
-        return Table(floats, self._rows, seed, make=self._scratch.make)
+        return Table(floats, self._rows, seed, self._hasher, self._scratch.make, self._lives)
 
     def _take_room(self, rows: int) -> None:
         assert self._table is not None
@@ -88,8 +94,8 @@ class Cold:
             self._rows = self._room
             self._growing = False
 
-    def put(self, keys: PackedKeys, hashes: Uint64, meta: Int64, floats: Float32) -> None:
-        """Keep copies of rows whose keys have none, as far as they fit."""
+    def put(self, keys: PackedKeys, hashes: Uint64, account: Int64, floats: Float32) -> None:
+        """Keep copies of rows, with account int64[n, 4], whose keys have none, as far as they fit."""
         needed = min(len(self) + len(keys), self._rows)
         if self._growing and needed > self._room:
             self._grow(needed)
@@ -108,7 +114,7 @@ class Cold:
             self._rows = 0
             self._growing = False
             return
-        table.meta[slots[created]] = meta[created]
+        table.set_account(slots[created], account[created])
         table.rows[slots[created]] = floats[created]
 
     def read(
@@ -124,21 +130,21 @@ class Cold:
         slots, _ = table.find(keys, hashes)
         found = np.empty(len(keys), np.bool_)
         blank = np.zeros(vectors.shape[1], np.float32)
-        kernels.gather(table.records, table.rows, slots, horizon, blank, vectors, found, meta, _OFTEN)
+        kernels.gather(table.records, table.rows, slots, horizon, table.lives.mask, blank, vectors, found, meta, _OFTEN)
         often = found & (table.recency[slots] >= _OFTEN)
         return slots >= 0, found, often
 
     def take(self, keys: PackedKeys, hashes: Uint64) -> tuple[Int64, Int64, Float32]:
-        """Remove copies and return them: positions int64[m], meta int64[m, 3], floats float32[m, ...]."""
+        """Remove copies and return them: positions int64[m], account int64[m, 4], floats float32[m, ...]."""
         table = self._table
         assert table is not None
         slots, _ = table.find(keys, hashes)
         at = np.flatnonzero(slots >= 0)
         _, first = np.unique(slots[at], return_index=True)
         at = at[np.sort(first)]
-        meta, floats = table.meta[slots[at]], table.rows[slots[at]]
+        account, floats = table.account(slots[at]), table.rows[slots[at]]
         table.remove(slots[at])
-        return at, meta, floats
+        return at, account, floats
 
     def drop(self, keys: PackedKeys, hashes: Uint64) -> None:
         """Remove the copies of distinct keys."""

@@ -21,6 +21,7 @@ from stream.store.disk import Batch, Disk, age_key
 from stream.store.floor import Floor
 from stream.store.hashing import hash_keys
 from stream.store.keys import PackedKeys
+from stream.store.lives import Lives
 from stream.store.options import StoreOptions
 from stream.store.sketch import Sketch
 from stream.store.table import Hasher, Table
@@ -55,7 +56,8 @@ class Core:
         reserve = options.reserve_rows
         if options.memory_rows is not None:
             reserve = options.memory_rows + min(options.memory_rows // 8, 1 << 16) + 1024
-        self.table = Table(options.width + options.state_width, reserve, options.hash_seed, hasher)
+        self.lives = Lives(options.ttl_ms, options.event_ttls_ms)
+        self.table = Table(options.width + options.state_width, reserve, options.hash_seed, hasher, lives=self.lives)
         self.floor = Floor(self)
         self.is_open = True
         self.updating = False
@@ -82,9 +84,11 @@ class Core:
         copies = options.cold_rows if options.cold_rows is not None else _COPIES * (options.memory_rows or 0)
         if disk is not None and copies:
             floats = options.width + options.state_width
-            self.cold = Cold(disk.path, floats, copies, options.hash_seed, growing=options.cold_rows is None)
+            self.cold = Cold(
+                disk.path, floats, copies, options.hash_seed, hasher, self.lives, growing=options.cold_rows is None
+            )
         # Only a table whose rows end by age or number needs the queue of ages.
-        self.aged = disk is not None and (options.ttl_ms is not None or options.max_rows is not None)
+        self.aged = disk is not None and (self.lives.longest_ms is not None or options.max_rows is not None)
         if disk is not None:
             for chunk in disk.items("meta"):
                 self.metas.update({name.decode(): value for name, value in chunk})
@@ -93,26 +97,54 @@ class Core:
                 self.sketch.load(pages)
             self.disk_rows = self.rows = int(self.metas.get("store.rows", b"0"))
             self.watermark = int(self.metas.get("store.watermark_ms", str(NEVER_MS).encode()))
-            if options.ttl_ms is not None:
-                self.horizon = int(self.metas.get("store.horizon_ms", str(_NO_HORIZON).encode()))
+            self.horizon = self._stored_horizon()
             if self.rows:
                 self.floor.unknown()
             self.hold_horizon()
-        if disk is not None and self.aged != (self.metas.get("store.aged") == b"1"):
+        if disk is not None and (
+            self.aged != (self.metas.get("store.aged") == b"1") or self.lives.name != self._stored_lives()
+        ):
             self._make_ages(disk)
 
+    def _stored_lives(self) -> str:
+        return self.metas.get("store.lives", b"").decode()
+
+    def _stored_horizon(self) -> int:
+        """The horizon of the last commit, as it is under the times to live of today."""
+        horizon = int(self.metas.get("store.horizon_ms", str(_NO_HORIZON).encode()))
+        longest, stored = self.lives.longest_ms, self._stored_lives()
+        if longest is None or horizon == _NO_HORIZON:
+            return _NO_HORIZON
+        if stored == self.lives.name:
+            return horizon
+        before = int(stored.split()[0]) if stored else self.options.ttl_ms
+        return _NO_HORIZON if before is None else horizon + before - longest
+
     def _make_ages(self, disk: Disk) -> None:
-        """Make the queue of ages for rows that were written without one, or note that there is none from here on."""
+        """Make the queue of ages for rows that were written without one, or note that there is none from here on.
+
+        Entries of before that are in another order are put right when they are met.
+        """
         for chunk in disk.items("rows") if self.aged else ():
             batch = disk.batch()
             headers = rows.read_headers([value for _, value in chunk], self.origin)
-            for (key, _), ms in zip(chunk, headers["last_event_ms"].tolist(), strict=True):
+            for (key, _), ms in zip(chunk, self.aged_of(headers).tolist(), strict=True):
                 batch.put("ages", age_key(ms, key), b"")
             disk.write(batch)
         batch = disk.batch()
         self.metas["store.aged"] = b"1" if self.aged else b"0"
         batch.put("meta", b"store.aged", self.metas["store.aged"])
+        if self.lives.name != self._stored_lives():
+            self.metas["store.lives"] = self.lives.name.encode()
+            self.metas["store.horizon_ms"] = str(self.horizon).encode()
+            for name in ("store.lives", "store.horizon_ms"):
+                batch.put("meta", name.encode(), self.metas[name])
         disk.write(batch)
+
+    def aged_of(self, headers: Headers) -> Int64:
+        """What Table.aged() is of rows in memory, of encoded ones by their headers."""
+        last: Int64 = headers["last_event_ms"]
+        return self.lives.aged(last, rows.lives_of(headers)) if self.lives.several else last
 
     @property
     def origin(self) -> str:
@@ -140,8 +172,8 @@ class Core:
 
     def hold_horizon(self) -> None:
         """Move the horizon to where watermark, time to live and floor have it."""
-        if self.options.ttl_ms is not None:
-            self.horizon = max(self.horizon, self.floor.limit(self.watermark - self.options.ttl_ms))
+        if self.lives.longest_ms is not None:
+            self.horizon = max(self.horizon, self.floor.limit(self.watermark - self.lives.longest_ms))
 
     def live_slots(self) -> Int64:
         """Slots of rows in memory, expired ones included, ascending."""
@@ -166,7 +198,16 @@ class Core:
         if threshold > 1:
             self._note_waiting(slots)
         renewed = np.zeros(len(keys), np.bool_)
-        revived, admitted, expired = kernels.renew(table.records, table.rows, slots, self.horizon, threshold, renewed)
+        revived, admitted, expired = kernels.renew(
+            table.records,
+            table.rows,
+            slots,
+            self.horizon,
+            threshold,
+            self.lives.mask,
+            self.lives.default_lag,
+            renewed,
+        )
         self.rows += revived
         self.admitted += admitted
         self.expired += expired
@@ -182,7 +223,7 @@ class Core:
         table = self.table
         known = np.unique(slots[slots >= 0])
         waiting = known[(table.flags[known] & layout.WAITING) != 0].tolist()
-        self.undo_waiting = {slot: (table.meta[slot].copy(), table.held.get(slot, [])) for slot in waiting}
+        self.undo_waiting = {slot: (table.account(np.array([slot])), table.held.get(slot, [])) for slot in waiting}
 
     def _create(self, keys: PackedKeys, hashes: Uint64, slots: Int64, missing: int) -> Int64:
         """Make slots for missing keys, from disk where it has them; returns those that are new rows."""
@@ -236,13 +277,13 @@ class Core:
             table.held.pop(slot, None)
         table.mark(slots)
 
-    def end_on_disk(self, batch: Batch, keys: list[bytes], meta: Int64, admitted: int) -> None:
+    def end_on_disk(self, batch: Batch, keys: list[bytes], accounts: Int64, admitted: int) -> None:
         """Turn records that are on disk alone into tombstones owed to the changelog, and write the batch.
 
-        keys are distinct, meta int64[n, 3] theirs; `admitted` of them are rows.
+        keys are distinct, accounts int64[n, 4] theirs; `admitted` of them are rows.
         """
         assert self.disk is not None
-        for key, value in zip(keys, rows.encode_headers(meta, rows.TOMBSTONE), strict=True):
+        for key, value in zip(keys, rows.encode_headers(accounts, rows.TOMBSTONE), strict=True):
             batch.put("rows", key, value)
             batch.put("owed", key, b"")
         count = self.disk_rows - admitted
@@ -274,8 +315,8 @@ class Core:
         """Fill new slots of distinct keys from their cold copies, which end; bool[n], true where there was one."""
         filled = np.zeros(len(keys), np.bool_)
         if self.cold is not None and len(self.cold):
-            at, meta, floats = self.cold.take(keys, hashes)
-            self.table.meta[slots[at]] = meta
+            at, account, floats = self.cold.take(keys, hashes)
+            self.table.set_account(slots[at], account)
             self.table.rows[slots[at]] = floats
             self.table.flags[slots[at]] |= layout.ON_DISK | layout.AGED
             filled[at] = True
@@ -286,10 +327,8 @@ class Core:
         table = self.table
         headers = rows.read_headers(values, self.origin)
         kinds = headers["kind"]
-        table.events_seen[slots] = headers["events_seen"]
-        table.last_event_ms[slots] = headers["last_event_ms"]
         # A tombstone's applied_offset stays with the key: a replay must not build the deleted row again.
-        table.applied_offset[slots] = headers["applied_offset"]
+        table.set_account(slots, rows.accounts(headers))
         table.flags[slots] |= layout.AGED
         is_row = kinds == rows.ROW
         if is_row.any():
@@ -303,22 +342,22 @@ class Core:
             table.held[int(slots[i])] = rows.unpack_held(values[i][rows.HEADER_BYTES :])
 
     def read_rows(self, keys: PackedKeys) -> tuple[Int64, Int64, Float32]:
-        """Rows on disk, expired ones too: positions int64[m], meta int64[m, 3], floats float32[m, ...]."""
+        """Rows on disk, expired ones too: positions int64[m], account int64[m, 4], floats float32[m, ...]."""
         at, values = self.stored(keys)
         if values:
             is_row = rows.read_headers(values, self.origin)["kind"] == rows.ROW
             if not is_row.all():
                 values = [value for value, row in zip(values, is_row.tolist(), strict=True) if row]
                 at = at[is_row]
-        meta, floats = rows.decode_rows(values, self.options.width, self.options.state_width, self.origin)
-        return at, meta, floats
+        account, floats = rows.decode_rows(values, self.options.width, self.options.state_width, self.origin)
+        return at, account, floats
 
-    def promote(self, keys: PackedKeys, hashes: Uint64, meta: Int64, floats: Float32) -> None:
+    def promote(self, keys: PackedKeys, hashes: Uint64, account: Int64, floats: Float32) -> None:
         """Give rows that were read from disk, whose keys are not in memory, slots."""
         slots = np.full(len(keys), -1, np.int64)
         created = self.table.insert(keys, hashes, slots, len(keys))
         target = slots[created]
-        self.table.meta[target] = meta[created]
+        self.table.set_account(target, account[created])
         self.table.rows[target] = floats[created]
         self.table.flags[target] |= layout.ON_DISK | layout.AGED
 
@@ -329,9 +368,9 @@ class Core:
         if missing and self.disk is not None:
             absent = np.flatnonzero(slots < 0)
             if self.cold is not None and len(self.cold):
-                at, meta, floats = self.cold.take(keys.take(absent), hashes[absent])
+                at, account, floats = self.cold.take(keys.take(absent), hashes[absent])
                 at = absent[at]
-                self.promote(keys.take(at), hashes[at], meta, floats)
+                self.promote(keys.take(at), hashes[at], account, floats)
                 slots, _ = self.table.find(keys, hashes)
                 absent = np.flatnonzero(slots < 0)
             at, values = self.stored(keys.take(absent))
@@ -349,16 +388,16 @@ class Core:
         """Records at slots: rows, waiting keys with their held events, None for the dead."""
         flags = self.table.flags[slots]
         if not (flags & _NOT_LIVE).any():
-            return list(rows.encode_rows(self.table.meta[slots], self.table.rows[slots], self.options.width))
+            return list(rows.encode_rows(self.table.account(slots), self.table.rows[slots], self.options.width))
         out: list[bytes | None] = [None] * slots.shape[0]
         live = np.flatnonzero((flags & _NOT_LIVE) == 0)
         floats = self.table.rows[slots[live]]
         for i, row in zip(
-            live.tolist(), rows.encode_rows(self.table.meta[slots[live]], floats, self.options.width), strict=True
+            live.tolist(), rows.encode_rows(self.table.account(slots[live]), floats, self.options.width), strict=True
         ):
             out[i] = row
         waiting = np.flatnonzero(flags & layout.WAITING)
-        headers = rows.encode_headers(self.table.meta[slots[waiting]], rows.WAITING)
+        headers = rows.encode_headers(self.table.account(slots[waiting]), rows.WAITING)
         for i, header in zip(waiting.tolist(), headers, strict=True):
             out[i] = header + rows.pack_held(self.table.held.get(int(slots[i]), ()))
         return out
@@ -392,7 +431,7 @@ class Core:
         assert self.cold is not None
         live = slots[(self.table.flags[slots] & _NOT_LIVE) == 0]
         keys = self.table.keys(live)
-        self.cold.put(keys, self.table.hashes(keys), self.table.meta[live], self.table.rows[live])
+        self.cold.put(keys, self.table.hashes(keys), self.table.account(live), self.table.rows[live])
 
     def _spill(self, wanted: int) -> Int64:
         """Write unsaved rows to disk as owed to the changelog; returns those still in memory, now clean."""
@@ -405,9 +444,9 @@ class Core:
         live = (flags & _NOT_LIVE) == 0
         on_disk = (flags & layout.ON_DISK) != 0
         encoded = self.encode(slots)
-        tombstones = iter(rows.encode_headers(table.meta[slots[dead]], rows.TOMBSTONE))
+        tombstones = iter(rows.encode_headers(table.account(slots[dead]), rows.TOMBSTONE))
         batch = self.disk.batch()
-        times = table.last_event_ms[slots].tolist()
+        times = table.aged(slots).tolist()
         aged = ((flags & layout.AGED) != 0).tolist()
         for key, value, known, ms in zip(keys, encoded, aged, times, strict=True):
             batch.put("rows", key, next(tombstones) if value is None else value)
@@ -463,7 +502,7 @@ class Core:
             table.flags[slots[tomb]] &= np.uint8(0xFF ^ layout.ON_DISK)
             table.flags[slots] |= layout.AGED
             if slots.shape[0]:
-                self.note_age(int(table.last_event_ms[slots].min()))
+                self.note_age(int(table.aged(slots).min()))
         self.metas.update(metas)
         table.flags[slots] &= np.uint8(0xFF ^ layout.TOMB)
         table.clear_bits(table.pending, slots)

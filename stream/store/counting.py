@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit
 
 from stream.store.layout import DEAD, MET, WAITING
+from stream.store.lives import aged_by, aged_of, lag_of, prolonged, with_lag
 
 __all__ = ["ADMIT", "GONE", "HOLD", "RELEASE", "RESTART", "count"]
 
@@ -41,13 +42,17 @@ def count(
     watermark: Any,
     ttl: Any,
     clients: Any,
-    last: Any,
+    newest: Any,
     actions: Any,
+    lags: Any,
+    mask: Any,
+    default_lag: Any,
 ) -> Any:
     """Set actions (uint8[n]) of the occurrences of the keys at slots (int64[n]); returns (done, rows that ended).
 
     offsets: int64[n], or int64[0] where each occurrence counts. clients: int64[n], a number for each distinct slot,
-    where rows can expire by the times in event_ms; last (int64 per client) is then scratch room. int64[0] otherwise.
+    where rows can expire by the times in event_ms; newest (int64 per client) is then scratch room. int64[0] otherwise.
+    lags: int64[n] of the events; with mask and default_lag, of the table, as in lives.
     """
     n = slots.shape[0]
     moving = clients.shape[0] == n
@@ -59,12 +64,13 @@ def count(
         met = (word & _MET) != _ZERO
         waits = (word & _WAITING) != _ZERO
         dead = (word & _DEAD) != _ZERO
-        at = np.int64(records[slot, 3])
+        at = aged_of(np.int64(records[slot, 3]), word, mask)
         applied = np.int64(records[slot, 4])
         offset = applied + 1
         if offsets.shape[0] == n:
             offset = offsets[i]
         ms = event_ms[i]
+        kept = aged_by(ms, lags[i])
         watermark = max(watermark, ms)
         limit = horizon
         if moving:
@@ -72,7 +78,7 @@ def count(
             if offset > applied:
                 limit = max(horizon, watermark - ttl)
             if met:
-                at = last[clients[i]]
+                at = newest[clients[i]]
         used = met or records[slot, 2] != _ZERO or records[slot, 3] != _ZERO
         over = used and at <= limit
         if over and met:
@@ -89,15 +95,22 @@ def count(
             records[slot, 3] = _ZERO
             at = np.int64(0)
             word = (word & ~_DEAD) | _WAITING
+            if mask != _ZERO:
+                word = with_lag(word, default_lag)
             waits = True
         if waits:
             seen = np.int64(records[slot, 2])
             if seen < threshold and offset > applied:
                 seen += 1
                 applied = offset
-                at = max(at, ms)
+                last = np.int64(records[slot, 3])
+                if mask != _ZERO:
+                    is_new = seen == 1 and last == 0
+                    word = with_lag(word, prolonged(last, lag_of(word, mask), is_new, ms, lags[i]))
+                last = max(last, ms)
+                at = aged_of(last, word, mask)
                 records[slot, 2] = np.uint64(seen)
-                records[slot, 3] = np.uint64(at)
+                records[slot, 3] = np.uint64(last)
                 records[slot, 4] = np.uint64(offset)
                 if seen < threshold:
                     action |= HOLD
@@ -113,7 +126,7 @@ def count(
         if (action & ADMIT) != 0:
             word |= _MET
             if moving:
-                last[clients[i]] = max(at, ms) if waits or offset > applied else at
+                newest[clients[i]] = max(at, kept) if waits or offset > applied else at
         records[slot, 5] = word
         actions[i] = action
     for i in range(done):

@@ -1,8 +1,8 @@
 """The disk tier: one RocksDB database per table.
 
 Column families: `rows` (key to encoded row), `owed` (keys whose state on disk the changelog has not seen),
-`ages` (event time and key, one entry per row at or before its real last_event_ms: a lazy queue for expiry and
-the cap), `meta`.
+`ages` (time and key, one entry per row at or before its real last_event_ms, or what lives puts in its place: a lazy
+queue for expiry and the cap), `meta`.
 
 Guarantees: a write is atomic; one process at a time; a directory that lost its files is refused, never taken for
 a new one. After a failed write everything is refused until the store is opened anew. Does not survive power loss
@@ -46,9 +46,9 @@ _FORMAT = 1
 _SIGN = 1 << 63
 
 
-def age_key(last_event_ms: int, key: bytes) -> bytes:
+def age_key(ms: int, key: bytes) -> bytes:
     """Key of the `ages` family, in order of time."""
-    return (last_event_ms + _SIGN).to_bytes(8, "big") + key
+    return (ms + _SIGN).to_bytes(8, "big") + key
 
 
 def split_age_key(key: bytes) -> tuple[int, bytes]:

@@ -1,9 +1,10 @@
 """Ending rows that are too old or too many: the sweep and the cap.
 
 Guarantees: the sweep ends every expired row sooner or later and nothing else, and stops when its time is up; the
-cap ends the rows with the smallest last_event_ms, wherever they are, before the operation that made one too many
-returns. Both leave tombstones for the next checkpoint. Disk is searched through its queue of ages, in which an
-entry may be older than its row but never younger; entries met on the way are put right.
+cap ends those that would expire first (with one time to live, those with the smallest last_event_ms), wherever they
+are, before the operation that made one too many returns. Both leave tombstones for the next checkpoint. Disk is
+searched through its queue of ages, in which an entry may be older than its row but never younger; entries met on the
+way are put right.
 """
 
 from __future__ import annotations
@@ -32,13 +33,12 @@ _NOT_LIVE = layout.DEAD | layout.WAITING
 
 
 class Aged(NamedTuple):
-    """A key on disk: its last_event_ms, whether it is a row or a waiting key, and the rest of its header."""
+    """A key on disk: its place in the queue, whether it is a row or a waiting key, and its account."""
 
     ms: int
     key: bytes
     is_row: bool
-    events_seen: int
-    applied_offset: int
+    account: tuple[int, ...]
 
 
 class Ages:
@@ -87,34 +87,32 @@ class Ages:
         self._cursor = age_key(within[-1][0], within[-1][1] + b"\0")
         keys = PackedKeys.from_list([key for _, key in within])
         slots, _ = core.table.find(keys, core.table.hashes(keys))
+        times = core.table.aged(np.maximum(slots, 0))
         absent = np.flatnonzero(slots < 0).tolist()
         values = disk.get([within[i][1] for i in absent])
         present = [(i, value) for i, value in zip(absent, values, strict=True) if value is not None]
-        headers = dict(
-            zip(
-                [i for i, _ in present],
-                rows.read_headers([value for _, value in present], core.origin).tolist(),
-                strict=True,
-            )
-        )
+        read = rows.read_headers([value for _, value in present], core.origin)
+        accounts = map(tuple, rows.accounts(read).tolist())
+        columns = zip(read["kind"].tolist(), core.aged_of(read).tolist(), accounts, strict=True)
+        headers = dict(zip([i for i, _ in present], columns, strict=True))
         batch = disk.batch()
         found: list[Aged] = []
         for i, ((ms, key), slot) in enumerate(zip(within, slots.tolist(), strict=True)):
             if slot >= 0:
                 # The entry of a dead row must outlive it: only its commit makes the row's end certain.
                 dead = core.table.flags[slot] & layout.DEAD
-                actual = ms if dead else int(core.table.last_event_ms[slot])
+                actual = ms if dead else int(times[i])
                 if not dead:
                     self._passed = min(self._passed or (actual, key), (actual, key))
             elif i not in headers:
                 batch.delete("ages", age_key(ms, key))
                 continue
             else:
-                _, kind, _, _, events_seen, actual, applied_offset = headers[i]
+                kind, actual, account = headers[i]
                 if kind == rows.TOMBSTONE:
                     actual = ms
                 elif (actual, key) <= within[-1]:
-                    found.append(Aged(actual, key, kind == rows.ROW, events_seen, applied_offset))
+                    found.append(Aged(actual, key, kind == rows.ROW, account))
                 elif actual <= latest_ms:
                     # Its entry moves to where this walk has yet to come.
                     done = False
@@ -124,8 +122,8 @@ class Ages:
                 batch.put("ages", age_key(actual, key), b"")
         found = sorted(set(found))
         if end and found:
-            meta = np.array([(aged.events_seen, aged.ms, aged.applied_offset) for aged in found], np.int64)
-            core.end_on_disk(batch, [aged.key for aged in found], meta, sum(aged.is_row for aged in found))
+            ends = np.array([aged.account for aged in found], np.int64)
+            core.end_on_disk(batch, [aged.key for aged in found], ends, sum(aged.is_row for aged in found))
         elif len(batch):
             disk.write(batch)
         return found, done
@@ -186,7 +184,9 @@ class Sweep:
         if not self._on_disk:
             out = np.empty(_KILL_ROWS, np.int64)
             end = min(self._slot + _SCAN_SLOTS, core.table.allocated)
-            self._slot, count = kernels.expired_scan(core.table.records, self._slot, end, self._target, out)
+            self._slot, count = kernels.expired_scan(
+                core.table.records, self._slot, end, self._target, core.lives.mask, out
+            )
             self._end(out[:count], ended)
             if self._slot < core.table.allocated:
                 return True
@@ -230,7 +230,7 @@ class Cap:
         """Told of slots that were changed: a row older than what the queue holds makes it incomplete."""
         if self._at < self._queue.shape[0]:
             known = slots[slots >= 0]
-            if known.shape[0] and self._core.table.last_event_ms[known].min() < self._times[-1]:
+            if known.shape[0] and self._core.table.aged(known).min() < self._times[-1]:
                 self._queue = self._queue[:0]
                 self._at = 0
 
@@ -298,9 +298,9 @@ class Cap:
         while have < wanted and at < self._queue.shape[0]:
             stop = min(at + 2 * wanted + 64, self._queue.shape[0])
             slots = self._queue[at:stop]
-            live = table.lengths[slots] != 0
+            live = table.in_use[slots] != 0
             live &= (table.flags[slots] & _NOT_LIVE) == 0
-            live &= table.last_event_ms[slots] == self._times[at:stop]
+            live &= table.aged(slots) == self._times[at:stop]
             part = np.flatnonzero(live)[: wanted - have] + at
             if not have:
                 self._at = int(part[0]) if part.shape[0] else stop
@@ -311,7 +311,7 @@ class Cap:
 
     def _refill(self, wanted: int) -> None:
         used = self._core.live_slots()
-        last = self._core.table.last_event_ms[used]
+        last = self._core.table.aged(used)
         size = min(used.shape[0], max(wanted, used.shape[0] // 16))
         if 0 < size < used.shape[0]:
             part = np.argpartition(last, size - 1)[:size]

@@ -1,5 +1,7 @@
 """The floor beside the time to live: expiry leaves the `min_rows` most recently updated rows, wherever they are.
 
+Where rows live differently long, the most recent are those that would expire last.
+
 Guarantees: at least min_rows rows stay, of all in memory and on disk, and exactly those that should once it is known
 where the newest are. It is, always, in a table without a disk and in one that was empty when it was opened. In one
 that was opened with rows, or restored, or that lost many of its newest rows to deletion, more rows may stay until
@@ -47,9 +49,9 @@ class Floor:
             self._most = max(min(self._most, core.options.memory_rows // 2), self._size)
         self._slots: Int64 = np.empty(0, np.int64)
         self._stale = False
-        # No row that is not pinned has a later last_event_ms than this.
+        # Times are last_event_ms, or what lives puts in its place. No row that is not pinned has a later one than this.
         self._others = _NEVER
-        # So many rows as are to be kept have this last_event_ms or a later one.
+        # So many rows as are to be kept have this time or a later one.
         self._proved = _NEVER
         self._pass: Pass | None = None
         self._wanted = False
@@ -68,10 +70,10 @@ class Floor:
         return min(horizon, least - 1) if least > _NEVER else _NEVER
 
     def _least(self) -> int:
-        """Of the pinned rows' last_event_ms the min_rows-th from the top; _NEVER if no row is beyond the floor."""
+        """Of the pinned rows' times the min_rows-th from the top; _NEVER if no row is beyond the floor."""
         self._purge()
         table = self._core.table
-        times = table.last_event_ms[self._slots[(table.flags[self._slots] & _NOT_LIVE) == 0]]
+        times = table.aged(self._slots[(table.flags[self._slots] & _NOT_LIVE) == 0])
         count = times.shape[0]
         if count < self._keep or (count == self._keep and self._others == _NEVER):
             return _NEVER
@@ -98,16 +100,16 @@ class Floor:
             flags = self._core.table.flags[slots]
             self._stale |= bool((flags & layout.PINNED).any())
             if self._pass is not None:
-                left = self._core.table.last_event_ms[slots[(flags & _NOT_LIVE) == 0]]
+                left = self._core.table.aged(slots[(flags & _NOT_LIVE) == 0])
                 self._pass.others = max(self._pass.others, int(left.max(initial=_NEVER)))
 
     def ending(self, slots: Int64) -> None:
         """Of rows that are about to end."""
-        if self._keep and int(self._core.table.last_event_ms[slots].max(initial=_NEVER)) >= self._proved:
+        if self._keep and int(self._core.table.aged(slots).max(initial=_NEVER)) >= self._proved:
             self._proved = _NEVER
 
     def stored(self, latest_ms: int) -> None:
-        """Of rows that are not pinned, with the latest of their last_event_ms."""
+        """Of rows that are not pinned, with the latest of their times."""
         self._others = max(self._others, latest_ms)
         if self._pass is not None:
             self._pass.others = max(self._pass.others, latest_ms)
@@ -132,7 +134,7 @@ class Floor:
     def _compact(self) -> None:
         """Unpin all but the newest `size`."""
         table = self._core.table
-        times = table.last_event_ms[self._slots]
+        times = table.aged(self._slots)
         times[(table.flags[self._slots] & _NOT_LIVE) != 0] = _NEVER
         order = np.argpartition(times, -self._size)
         out = order[: -self._size]
@@ -170,7 +172,7 @@ class Pass:
         self._found: list[tuple[int, bytes]] = []
         self._walking = True
         self._slot = 0
-        # Of the rows that are passed over, the latest last_event_ms.
+        # Of the rows that are passed over, the latest time.
         self.others = _NEVER
 
     def step(self) -> bool:
@@ -185,7 +187,7 @@ class Pass:
             core.make_room()
         elif self._slot < core.table.allocated:
             part = slice(self._slot, min(self._slot + _SCAN_SLOTS, core.table.allocated))
-            live = (core.table.lengths[part] != 0) & ((core.table.flags[part] & _NOT_LIVE) == 0)
+            live = (core.table.in_use[part] != 0) & ((core.table.flags[part] & _NOT_LIVE) == 0)
             core.floor.touched(np.flatnonzero(live) + self._slot)
             self._slot = part.stop
         else:
@@ -203,8 +205,9 @@ class Pass:
             return
         self._cursor = entries[-1][0] + b"\0"
         headers = rows.read_headers([value for _, value in entries], core.origin)
+        times = core.aged_of(headers)
         for i in np.flatnonzero(headers["kind"] == rows.ROW).tolist():
-            row = (int(headers["last_event_ms"][i]), entries[i][0])
+            row = (int(times[i]), entries[i][0])
             if len(self._found) < self._size:
                 heappush(self._found, row)
             else:

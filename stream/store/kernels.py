@@ -13,9 +13,11 @@ import numpy as np
 from numba import njit
 
 from stream.store.hashing import prefetch
-from stream.store.layout import AGED, DEAD, PINNED, RECENT, UNSAVED, UNSAVED_ROWS, WAITING
+from stream.store.layout import AGED, DEAD, LENGTH_BITS, PINNED, RECENT, UNSAVED, UNSAVED_ROWS, WAITING
+from stream.store.lives import aged_of, lag_of, prolonged, with_lag
 
 __all__ = [
+    "aged",
     "clean",
     "evict",
     "expired_scan",
@@ -28,7 +30,7 @@ __all__ = [
     "zero_rows",
 ]
 
-_M16 = np.uint64(0xFFFF)
+_LENGTH = np.uint64(LENGTH_BITS)
 _ONE = np.uint64(1)
 _ZERO = np.uint64(0)
 _CLOCK_SHIFT = np.uint64(24)
@@ -64,6 +66,13 @@ def clean(records: Any, counters: Any, slots: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
+def aged(records: Any, slots: Any, mask: Any, out: Any) -> None:
+    """What the rows at slots are ended and ordered by, into out (int64[n]); see lives."""
+    for i in range(slots.shape[0]):
+        out[i] = aged_of(np.int64(records[slots[i], 3]), records[slots[i], 5], mask)
+
+
+@njit(cache=True, nogil=True)
 def next_set(bits: Any, cursor: Any, out: Any) -> Any:
     """Slots of the set bits from slot `cursor` on, into out; returns (next cursor, count)."""
     count = 0
@@ -91,12 +100,13 @@ def next_set(bits: Any, cursor: Any, out: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def renew(records: Any, rows: Any, slots: Any, horizon: Any, threshold: Any, renewed: Any) -> Any:
+def renew(records: Any, rows: Any, slots: Any, horizon: Any, threshold: Any, mask: Any, lag: Any, renewed: Any) -> Any:
     """Make every slot of slots (int64[n]; -1 is passed over) a live row.
 
     A row that is dead or expired starts from zero, keeping applied_offset; a waiting key that has occurred
     `threshold` times becomes a new row; where neither may be, the entry of slots becomes -1. renewed (bool[n]) is
-    set at first occurrences. Returns (rows that were not live before, newly admitted, expired).
+    set at first occurrences. mask, lag: of the table, and of a new row, where rows live differently long. Returns
+    (rows that were not live before, newly admitted, expired).
     """
     revived = 0
     admitted = 0
@@ -119,7 +129,9 @@ def renew(records: Any, rows: Any, slots: Any, horizon: Any, threshold: Any, ren
                 slots[i] = -1
                 continue
             revived += 1
-        elif np.int64(records[slot, 3]) <= horizon and (records[slot, 2] != _ZERO or records[slot, 3] != _ZERO):
+        elif aged_of(np.int64(records[slot, 3]), word, mask) <= horizon and (
+            records[slot, 2] != _ZERO or records[slot, 3] != _ZERO
+        ):
             if threshold > 1:
                 slots[i] = -1
                 continue
@@ -130,6 +142,8 @@ def renew(records: Any, rows: Any, slots: Any, horizon: Any, threshold: Any, ren
         if (word & _NOT_LIVE) != _ZERO:
             # A walk through disk's queue of ages may have passed the old entry; the new row gets its own.
             word &= ~np.uint64(AGED << 16)
+        if mask != _ZERO:
+            word = with_lag(word, lag)
         records[slot, 5] = word & ~_NOT_LIVE
         records[slot, 2] = _ZERO
         records[slot, 3] = _ZERO
@@ -140,12 +154,21 @@ def renew(records: Any, rows: Any, slots: Any, horizon: Any, threshold: Any, ren
 
 @njit(cache=True, nogil=True)
 def gather(
-    records: Any, rows: Any, slots: Any, horizon: Any, default: Any, out: Any, found: Any, meta: Any, limit: Any
+    records: Any,
+    rows: Any,
+    slots: Any,
+    horizon: Any,
+    mask: Any,
+    default: Any,
+    out: Any,
+    found: Any,
+    meta: Any,
+    limit: Any,
 ) -> Any:
     """Copy live rows into out (float32[n, width]), the default row where there is none; returns the misses.
 
     meta: int64[n, 3] or int64[0, 3] where it is not wanted. A row counts as found only if it is neither dead nor
-    expired (last_event_ms <= horizon). Recency goes up by one, to at most `limit`.
+    expired (by horizon and mask, see lives). Recency goes up by one, to at most `limit`.
     """
     n = slots.shape[0]
     width = out.shape[1]
@@ -163,7 +186,10 @@ def gather(
         live = slot >= 0
         if live:
             word = records[slot, 5]
-            live = (word & _NOT_LIVE) == _ZERO and np.int64(records[slot, 3]) > horizon
+            at = np.int64(records[slot, 3])
+            if mask != _ZERO:
+                at = aged_of(at, word, mask)
+            live = (word & _NOT_LIVE) == _ZERO and at > horizon
         found[i] = live
         if live:
             clock = (word & _CLOCK_MASK) >> _CLOCK_SHIFT
@@ -213,10 +239,21 @@ def zero_rows(rows: Any, slots: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
-def scatter(records: Any, rows: Any, slots: Any, values: Any, when: Any, applied: Any, horizon: Any) -> Any:
+def scatter(
+    records: Any,
+    rows: Any,
+    slots: Any,
+    values: Any,
+    when: Any,
+    applied: Any,
+    lags: Any,
+    horizon: Any,
+    mask: Any,
+) -> Any:
     """Write values (float32[n, width]) to slots in order, counting events; times and offsets never go back.
 
     A row whose only updates in this batch came so late that it is expired starts anew. Returns how many did.
+    lags: int64[n] of the events where rows live differently long.
     """
     n = slots.shape[0]
     expired = 0
@@ -228,7 +265,8 @@ def scatter(records: Any, rows: Any, slots: Any, values: Any, when: Any, applied
         slot = slots[i]
         if slot < 0:
             continue
-        if np.int64(records[slot, 3]) <= horizon and records[slot, 2] != _ZERO:
+        word = records[slot, 5]
+        if records[slot, 2] != _ZERO and aged_of(np.int64(records[slot, 3]), word, mask) <= horizon:
             expired += 1
             records[slot, 2] = _ZERO
             records[slot, 3] = _ZERO
@@ -236,6 +274,10 @@ def scatter(records: Any, rows: Any, slots: Any, values: Any, when: Any, applied
                 rows[slot, j] = np.float32(0.0)
         for j in range(values.shape[1]):
             rows[slot, j] = values[i, j]
+        if mask != _ZERO:
+            last = np.int64(records[slot, 3])
+            is_new = records[slot, 2] == _ZERO and last == 0
+            records[slot, 5] = with_lag(word, prolonged(last, lag_of(word, mask), is_new, when[i], lags[i]))
         records[slot, 2] += _ONE
         if when[i] > np.int64(records[slot, 3]):
             records[slot, 3] = np.uint64(when[i])
@@ -245,14 +287,14 @@ def scatter(records: Any, rows: Any, slots: Any, values: Any, when: Any, applied
 
 
 @njit(cache=True, nogil=True)
-def expired_scan(records: Any, begin: Any, end: Any, horizon: Any, out: Any) -> Any:
+def expired_scan(records: Any, begin: Any, end: Any, horizon: Any, mask: Any, out: Any) -> Any:
     """Slots in [begin, end) that are in use, not dead and expired, into out; returns (next slot, count)."""
     count = 0
     limit = out.shape[0]
     for slot in range(begin, end):
         word = records[slot, 5]
-        kept = (word & _M16) == _ZERO or (word & np.uint64(DEAD << 16)) != _ZERO
-        if kept or np.int64(records[slot, 3]) > horizon:
+        kept = (word & _LENGTH) == _ZERO or (word & np.uint64(DEAD << 16)) != _ZERO
+        if kept or aged_of(np.int64(records[slot, 3]), word, mask) > horizon:
             continue
         if count == limit:
             return slot, count
@@ -281,7 +323,7 @@ def evict(records: Any, hand: Any, allocated: Any, wanted: Any, spill: Any, out:
         slot = hand
         hand += 1
         word = records[slot, 5]
-        if (word & _M16) == _ZERO:
+        if (word & _LENGTH) == _ZERO:
             continue
         if ((word & unsaved) != _ZERO) != spill or (word & pinned) != _ZERO:
             continue

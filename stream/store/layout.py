@@ -3,7 +3,9 @@
 A record is six 64-bit words, so that one cache line answers a find:
   0, 1  the key's first 16 bytes, zero-padded; for a longer key word 1 is its place in `overflow`, in words
   2, 3, 4  events_seen, last_event_ms, applied_offset (int64); a free record's word 4 is the next free slot
-  5  key length (16 bits; 0 is free), flags (8), recency (8), tag (32)
+  5  key length (11 bits; 0 is free), unused (5), flags (8), recency (8), tag (32)
+Where rows live differently long, a lag takes the place of the tag, and its upper bits those of the unused five; see
+`lives`. A removal then hashes the key again.
 An index entry is (slot + 1) << 32 | tag, 0 where empty; the tag is the hash's upper half, and an entry's home
 is tag * entries >> 32. Linear probing, and deletion by shifting back, so there are no tombstones to degrade it.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 RECORD_WORDS = 6
 INLINE_BYTES = 16
+LENGTH_BITS = 0x7FF
 
 # Flags of a row in memory.
 UNSAVED = 1  # RocksDB does not hold the row as it is now

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stream.errors import StoreError
+from stream.store.lives import FOR_EVER, MAX_SPREAD_MS
 
 __all__ = ["StoreOptions"]
 
@@ -30,9 +31,12 @@ class StoreOptions:
     is copied once into twice as much. changelog: keep deletions for checkpoint() in a table without a disk, too.
 
     ttl_ms: event time after which a row that was not updated is expired (age >= ttl); None keeps rows for ever.
-    max_rows: hard cap on live rows, memory and disk together; those with the smallest last_event_ms go first.
-    min_rows: expiry leaves at least this many of the most recently updated rows, which stay in memory; at most
-    memory_rows. Exact as the floor module says.
+    event_ttls_ms: other times that events may keep a row alive for, None for ever; a row then lives until the latest
+    of its events' times with its own ttl after it. They and ttl_ms differ by four years (2^37 - 2 ms) at most.
+    max_rows: hard cap on live rows, memory and disk together; those that would expire first go first, which with one
+    ttl are those with the smallest last_event_ms.
+    min_rows: expiry leaves at least this many of the rows that would expire last (with one ttl, of the most recently
+    updated), which stay in memory; at most memory_rows. Exact as the floor module says.
 
     admission_threshold: a key gets its row on this occurrence. admission_mode: "exact" counts per key, "sketch"
     counts in fixed memory, 20 bytes for each of sketch_keys waiting keys (40 for thresholds above 255).
@@ -46,6 +50,7 @@ class StoreOptions:
     state_width: int = 0
     memory_rows: int | None = None
     ttl_ms: int | None = None
+    event_ttls_ms: tuple[int | None, ...] = ()
     max_rows: int | None = None
     min_rows: int = 0
     admission_threshold: int = 1
@@ -75,6 +80,18 @@ class StoreOptions:
         for name, value in (("memory_rows", self.memory_rows), ("ttl_ms", self.ttl_ms), ("max_rows", self.max_rows)):
             if value is not None:
                 self._at_least(name, value, 1)
+        ttls = [ttl for ttl in (self.ttl_ms, *self.event_ttls_ms) if ttl is not None]
+        for ttl in self.event_ttls_ms:
+            if ttl is not None:
+                self._at_least("event_ttls_ms", ttl, 1)
+                if ttl >= FOR_EVER:
+                    raise self._refused("event_ttls_ms", ttl, f"less than {FOR_EVER}, or None for ever")
+                if ttl > min(ttls) + MAX_SPREAD_MS:
+                    raise self._refused(
+                        "event_ttls_ms", ttl, f"at most {MAX_SPREAD_MS} above the shortest, {min(ttls)}"
+                    )
+        if self.event_ttls_ms and self.ttl_ms is not None and self.ttl_ms > min(ttls) + MAX_SPREAD_MS:
+            raise self._refused("ttl_ms", self.ttl_ms, f"at most {MAX_SPREAD_MS} above the shortest, {min(ttls)}")
         if self.memory_rows is not None and self.memory_rows > 2**32 - 2**20:
             raise self._refused("memory_rows", self.memory_rows, f"at most {2**32 - 2**20}")
         if self.max_rows is not None and self.min_rows > self.max_rows:

@@ -17,6 +17,7 @@ from stream.store.layout import (
     ALLOCATED,
     FREE_HEAD,
     INLINE_BYTES,
+    LENGTH_BITS,
     LIVE,
     OVERFLOW_FREE,
     OVERFLOW_TOP,
@@ -24,10 +25,11 @@ from stream.store.layout import (
     UNSAVED,
     UNSAVED_ROWS,
 )
+from stream.store.lives import with_lag
 
 __all__ = ["compact_overflow", "copy_keys", "find", "insert", "key_lengths", "rebuild", "remove"]
 
-_M16 = np.uint64(0xFFFF)
+_LENGTH = np.uint64(LENGTH_BITS)
 _M32 = np.uint64(0xFFFFFFFF)
 _S32 = np.uint64(32)
 _ZERO = np.uint64(0)
@@ -51,7 +53,7 @@ def _word(buffer: Any, start: Any, stop: Any) -> Any:
 @njit(cache=True, nogil=True, inline="always")
 def _same_key(records: Any, overflow: Any, slot: Any, buffer: Any, start: Any, stop: Any) -> Any:
     length = stop - start
-    if np.int64(records[slot, 5] & _M16) != length:
+    if np.int64(records[slot, 5] & _LENGTH) != length:
         return False
     if records[slot, 0] != _word(buffer, start, stop):
         return False
@@ -163,12 +165,15 @@ def insert(
     created: Any,
     done: Any,
     begin: Any,
+    mask: Any,
+    lag: Any,
 ) -> Any:
     """Give each key whose slot is -1 a slot, from key `begin` on; duplicates share one.
 
     created (int64[n]) takes the positions of first occurrences from index `done` on. Returns (position reached,
     number created); a position below n means that records (when they are all in use) or overflow ran out.
-    The index must have a free entry for every key.
+    The index must have a free entry for every key. mask, lag: of records where rows live differently long, and of
+    new ones; otherwise the mask is 0, and records keep the tag.
     """
     n = hashes.shape[0]
     size = entries.shape[0]
@@ -223,7 +228,7 @@ def insert(
         records[slot, 2] = _ZERO
         records[slot, 3] = _ZERO
         records[slot, 4] = ~_ZERO
-        records[slot, 5] = np.uint64(length) | (tag << _S32)
+        records[slot, 5] = np.uint64(length) | tag << _S32 if mask == _ZERO else with_lag(np.uint64(length), lag)
         entries[place] = (np.uint64(slot + 1) << _S32) | tag
         slots[i] = slot
         created[done] = i
@@ -232,12 +237,15 @@ def insert(
 
 
 @njit(cache=True, nogil=True)
-def remove(entries: Any, records: Any, overflow: Any, counters: Any, classes: Any, slots: Any) -> None:
-    """Free the slots (int64[n], in use, distinct) and take their keys out of the index."""
+def remove(entries: Any, records: Any, overflow: Any, counters: Any, classes: Any, slots: Any, hashes: Any) -> None:
+    """Free the slots (int64[n], in use, distinct) and take their keys out of the index.
+
+    hashes: uint64[n] of their keys, or uint64[0] where records keep the tag.
+    """
     size = entries.shape[0]
     for i in range(slots.shape[0]):
         slot = slots[i]
-        tag = records[slot, 5] >> _S32
+        tag = (hashes[i] if hashes.shape[0] else records[slot, 5]) >> _S32
         wanted = (np.uint64(slot + 1) << _S32) | tag
         hole = _home(tag, size)
         while entries[hole] != wanted:
@@ -261,7 +269,7 @@ def remove(entries: Any, records: Any, overflow: Any, counters: Any, classes: An
         entries[hole] = _ZERO
         if (records[slot, 5] & np.uint64(UNSAVED << 16)) != _ZERO:
             counters[UNSAVED_ROWS] -= 1
-        length = np.int64(records[slot, 5] & _M16)
+        length = np.int64(records[slot, 5] & _LENGTH)
         if length > INLINE_BYTES:
             words = (length + 7) >> 3
             at = np.int64(records[slot, 1])
@@ -295,7 +303,7 @@ def compact_overflow(records: Any, overflow: Any, target: Any, counters: Any, cl
     """Copy the long keys in use into `target` without gaps and forget the free lists."""
     top = np.int64(0)
     for slot in range(counters[ALLOCATED]):
-        length = np.int64(records[slot, 5] & _M16)
+        length = np.int64(records[slot, 5] & _LENGTH)
         if length > INLINE_BYTES:
             words = (length + 7) >> 3
             at = np.int64(records[slot, 1])
@@ -312,7 +320,7 @@ def compact_overflow(records: Any, overflow: Any, target: Any, counters: Any, cl
 def key_lengths(records: Any, slots: Any, out: Any) -> None:
     """Lengths in bytes of the keys at slots, into out (int64[n])."""
     for i in range(slots.shape[0]):
-        out[i] = np.int64(records[slots[i], 5] & _M16)
+        out[i] = np.int64(records[slots[i], 5] & _LENGTH)
 
 
 @njit(cache=True, nogil=True)

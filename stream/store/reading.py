@@ -19,7 +19,7 @@ Uint64 = npt.NDArray[np.uint64]
 Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
 
-_NO_META = np.empty((0, 3), np.int64)
+_NO_ACCOUNT = np.empty((0, 4), np.int64)
 
 
 def read_tiers(
@@ -43,13 +43,13 @@ def read_tiers(
         meta[absent[live]] = copies_meta[live]
         found[absent[live]] = True
         hot, absent = absent[often], absent[~known]
-    at, disk_meta, floats = absent, _NO_META, core.table.rows[:0]
+    at, account, floats = absent, _NO_ACCOUNT, core.table.rows[:0]
     if absent.shape[0]:
-        at, disk_meta, floats = core.read_rows(keys.take(absent))
-        fresh = disk_meta[:, 1] > core.horizon
-        at, disk_meta, floats = absent[at[fresh]], disk_meta[fresh], floats[fresh]
+        at, account, floats = core.read_rows(keys.take(absent))
+        fresh = core.lives.aged(account[:, 1], account[:, 3]) > core.horizon
+        at, account, floats = absent[at[fresh]], account[fresh], floats[fresh]
         vectors[at] = floats[:, :width]
-        meta[at] = disk_meta
+        meta[at] = account[:, :3]
         found[at] = True
     # Inside update() nothing may move, and nobody could use the promoted row sooner anyway.
     if core.updating:
@@ -57,7 +57,7 @@ def read_tiers(
     if hot.shape[0]:
         core.bring_in(keys.take(hot))
     if at.shape[0] and core.cold is not None:
-        core.cold.put(keys.take(at), hashes[at], disk_meta, floats)
+        core.cold.put(keys.take(at), hashes[at], account, floats)
     elif at.shape[0]:
-        core.promote(keys.take(at), hashes[at], disk_meta, floats)
+        core.promote(keys.take(at), hashes[at], account, floats)
     core.make_room()

@@ -45,7 +45,7 @@ def restore(core: Core, keys: Sequence[bytes], values: Sequence[bytes | None], m
     is_row = np.zeros(n, np.bool_)
     is_row[present] = headers["kind"] == rows.ROW
     times = np.zeros(n, np.int64)
-    times[present] = headers["last_event_ms"]
+    times[present] = core.aged_of(headers)
     stored = np.full(n, np.iinfo(np.int64).min, np.int64)
     row_on_disk = np.zeros(n, np.bool_)
     known = np.zeros(n, np.bool_)
@@ -161,7 +161,8 @@ def load_snapshot(
         restore(core, keys, rows.without_offsets(records) if forget_offsets else records, {})
     if core.sketch is not None and cells:
         core.sketch.add(cells)
-    if manifest["ttl_ms"] == core.options.ttl_ms and manifest["min_rows"] == core.options.min_rows:
+    written = manifest["ttl_ms"], manifest.get("event_ttls_ms", []), manifest["min_rows"]
+    if written == (core.options.ttl_ms, list(core.options.event_ttls_ms), core.options.min_rows):
         core.watermark = max(core.watermark, int(str(manifest["watermark_ms"])))
         core.horizon = max(core.horizon, int(str(manifest["horizon_ms"])))
     core.advance(int(str(manifest["watermark_ms"])))

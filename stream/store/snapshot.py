@@ -66,6 +66,7 @@ class Snapshot:
             "width": core.options.width,
             "state_width": core.options.state_width,
             "ttl_ms": core.options.ttl_ms,
+            "event_ttls_ms": list(core.options.event_ttls_ms),
             "min_rows": core.options.min_rows,
             "watermark_ms": core.watermark,
             "horizon_ms": core.horizon,
@@ -97,7 +98,7 @@ class Snapshot:
         hashes = self._overridden.hashes(packed)
         found, missing = self._overridden.find(packed, hashes)
         self._overridden.insert(packed, hashes, found, missing)
-        fresh = table.last_event_ms[slots] > self._horizon
+        fresh = table.aged(slots) > self._horizon
         keys: list[bytes] = []
         records: list[bytes] = []
         for key, record, keep in zip(packed.to_list(), self._core.encode(slots), fresh.tolist(), strict=True):
@@ -140,7 +141,7 @@ class Snapshot:
         packed = PackedKeys.from_list([key for key, _ in entries])
         found, _ = self._overridden.find(packed, self._overridden.hashes(packed))
         headers = rows.read_headers([record for _, record in entries], self._core.origin)
-        keep = (found < 0) & (headers["kind"] != rows.TOMBSTONE) & (headers["last_event_ms"] > self._horizon)
+        keep = (found < 0) & (headers["kind"] != rows.TOMBSTONE) & (self._core.aged_of(headers) > self._horizon)
         at = np.flatnonzero(keep).tolist()
         return [entries[i][0] for i in at], [entries[i][1] for i in at]
 

@@ -178,7 +178,10 @@ class EmbeddingStore:
 
     @property
     def horizon_ms(self) -> int:
-        """Rows last updated at or before this are expired: watermark less ttl, held back by min_rows over all rows."""
+        """Rows last updated at or before this are expired: watermark less ttl, held back by min_rows over all rows.
+
+        With event_ttls_ms, rows whose deadline less the longest ttl is at or before this.
+        """
         return self._core.horizon
 
     def advance_watermark(self, ms: int) -> None:
@@ -209,7 +212,18 @@ class EmbeddingStore:
             core.check()
             slots, missing = core.table.find(packed, hashes)
             table = core.table
-            kernels.gather(table.records, table.rows, slots, core.horizon, base, vectors, found, meta, layout.RECENT)
+            kernels.gather(
+                table.records,
+                table.rows,
+                slots,
+                core.horizon,
+                core.lives.mask,
+                base,
+                vectors,
+                found,
+                meta,
+                layout.RECENT,
+            )
             if missing and core.disk is not None:
                 read_tiers(core, packed, hashes, np.flatnonzero(slots < 0), vectors, found, meta)
         return Lookup(vectors, found, meta[:, 0], meta[:, 1], meta[:, 2])
@@ -259,12 +273,13 @@ class EmbeddingStore:
         offsets: npt.ArrayLike | None = None,
         event_ms: npt.ArrayLike | None = None,
         payloads: Sequence[bytes] | None = None,
+        ttl_ms: npt.ArrayLike | None = None,
     ) -> Admission:
         """Count occurrences of keys, before update(); needed where admission_threshold is above 1.
 
         offsets: int64[n]; an occurrence whose offset was counted before is not counted again; without them each
         counts. event_ms: int64[n] or one for all, the watermark if not given. payloads: the events themselves, to
-        be held with keys that are not admitted yet.
+        be held with keys that are not admitted yet. ttl_ms: int64[n] or one for all, as for prolong().
         Held are at most max_held_bytes a key. Each occurrence moves event time first, which began at the watermark,
         and is then judged by it; see Admission.stop for where a batch has to be cut, and the README for
         the whole of a caller. Raises StoreError where a table in sketch mode is given payloads.
@@ -276,7 +291,7 @@ class EmbeddingStore:
         applied = None if offsets is None else np.array(offsets, np.int64)
         with core.lock:
             core.check_idle()
-            return observe(core, packed, applied, when, payloads)
+            return observe(core, packed, applied, when, payloads, self._lives_of(ttl_ms, len(packed)))
 
     # -- changing ------------------------------------------------------------------------------------------
 
@@ -299,19 +314,55 @@ class EmbeddingStore:
         Returns bool[n], true where a row started anew.
         """
         core, table = self._core, self._core.table
-        ttl = core.options.ttl_ms
+        ttl = core.lives.longest_ms
         if ttl is None:
             return np.zeros(slots.shape[0], np.bool_)
         used = (table.last_event_ms[slots] != 0) | (table.events_seen[slots] != 0)
-        reset: Bool = used & (table.last_event_ms[slots] <= watermarks_ms - ttl) & (slots >= 0)
+        reset: Bool = used & (table.aged(slots) <= watermarks_ms - ttl) & (slots >= 0)
         at = slots[reset]
         if at.shape[0]:
             table.events_seen[at] = 0
             table.last_event_ms[at] = 0
+            core.lives.write(table.records, at, np.full(at.shape[0], core.lives.default_lag))
             kernels.zero_rows(table.rows, at)
             core.initialise(table.keys(at), at)
             core.expired += int(at.shape[0])
         return reset
+
+    def prolong(self, slots: Int64, event_ms: Int64, ttl_ms: Int64) -> None:
+        """Inside update(), before events change the rows at slots: let each keep its row alive for a time of its own.
+
+        slots, event_ms, ttl_ms: int64[n], one of each an event that will be applied; duplicates are allowed. Where
+        that is later, a row's deadline becomes event_ms + ttl_ms; ttl_ms is FOR_EVER, or between the shortest and the
+        longest of the options' ttls. The caller then sets last_event_ms to event_ms where that is later. A row that
+        is updated without this lives as long after its last_event_ms as it did before, a new one for options.ttl_ms.
+        Does nothing in a table without event_ttls_ms.
+        """
+        lives, table = self._core.lives, self._core.table
+        lives.prolong(table.records, slots, event_ms, lives.checked(ttl_ms))
+
+    def aged(self, slots: Int64) -> Int64:
+        """int64[n] for rows at slots: compared with horizon_ms it says whether they are expired.
+
+        Deadline less the longest ttl; last_event_ms where all rows live equally long.
+        """
+        return self._core.table.aged(slots)
+
+    def aged_at(self, event_ms: Int64, ttl_ms: Int64) -> Int64:
+        """int64[n], what aged() is of rows that have had these events alone."""
+        lives = self._core.lives
+        return lives.aged(event_ms, lives.checked(ttl_ms))
+
+    @property
+    def longest_ttl_ms(self) -> int | None:
+        """The longest time to live that ends; None where all rows live for ever."""
+        return self._core.lives.longest_ms
+
+    def _lives_of(self, ttl_ms: npt.ArrayLike | None, n: int) -> Int64:
+        life = np.zeros(n, np.int64)
+        if ttl_ms is not None:
+            life[:] = self._core.lives.checked(np.asarray(ttl_ms, np.int64))
+        return life
 
     def upsert(
         self,
@@ -319,11 +370,13 @@ class EmbeddingStore:
         vectors: npt.ArrayLike,
         event_ms: npt.ArrayLike | None = None,
         offsets: npt.ArrayLike | None = None,
+        ttl_ms: npt.ArrayLike | None = None,
     ) -> None:
         """Set the vectors (float32[n, width]) of keys; of duplicates the last one stays.
 
         Per occurrence events_seen goes up by one, and last_event_ms and applied_offset to event_ms and offsets
-        (each int64[n] or one for all) where that is later. Without event_ms the watermark is taken.
+        (each int64[n] or one for all) where that is later. Without event_ms the watermark is taken. ttl_ms: int64[n]
+        or one for all, how long each keeps its row alive, as for prolong(); options.ttl_ms if not given.
         """
         core = self._core
         packed = _packed(keys)
@@ -336,9 +389,10 @@ class EmbeddingStore:
         applied = np.full(n, -1, np.int64)
         if offsets is not None:
             applied[:] = offsets
+        life = None if ttl_ms is None else self._lives_of(ttl_ms, n)
         with core.lock:
             slots, _ = core.begin(packed)
-            core.expired += core.table.scatter(slots, values, when, applied, core.horizon)
+            core.expired += core.table.scatter(slots, values, when, applied, life, core.horizon)
             core.table.mark(slots)
             self._cap.touched(slots)
             core.floor.touched(slots)
@@ -371,7 +425,7 @@ class EmbeddingStore:
             at = at[(table.flags[slots[at]] & layout.DEAD) == 0]
             at = at[table.applied_offset[slots[at]] <= asked[at]]
             is_row = (table.flags[slots[at]] & layout.WAITING) == 0
-            had[at] = is_row & (table.last_event_ms[slots[at]] > core.horizon)
+            had[at] = is_row & (table.aged(slots[at]) > core.horizon)
             core.expired += int(is_row.sum() - had.sum())
             if offsets is not None:
                 table.applied_offset[slots[at]] = asked[at]

@@ -17,6 +17,7 @@ from stream.errors import StoreError
 from stream.store import arena, kernels, layout, probing
 from stream.store.hashing import hash_keys
 from stream.store.keys import MAX_KEY_BYTES, PackedKeys
+from stream.store.lives import Lives
 
 __all__ = ["Hasher", "Maker", "Table"]
 
@@ -26,6 +27,7 @@ Hasher = Callable[[PackedKeys], Uint64]
 Maker = Callable[[int, int, npt.DTypeLike, int], npt.NDArray[Any]]
 
 _MAX_LOAD = 0.85
+_NO_HASHES = np.empty(0, np.uint64)
 
 
 class Table:
@@ -34,12 +36,19 @@ class Table:
     reserve: rows to make room for at once; that memory is only used once rows are. hasher: replaces the hash,
     uint64[n] for n keys (tests make all hashes equal). make: where arrays come from, by rows, columns, type and the
     rows to have room for; zeros are needed of it. The table is then not to outgrow `reserve`, and its owner sees to
-    the room for rows and records.
+    the room for rows and records. lives: how long rows live; if not given, all equally long.
     """
 
     def __init__(
-        self, floats: int, reserve: int, seed: int, hasher: Hasher | None = None, make: Maker | None = None
+        self,
+        floats: int,
+        reserve: int,
+        seed: int,
+        hasher: Hasher | None = None,
+        make: Maker | None = None,
+        lives: Lives | None = None,
     ) -> None:
+        self.lives = lives if lives is not None else Lives()
         self._seed = np.uint64(seed)
         self._hasher = hasher
         self._make = make
@@ -72,7 +81,7 @@ class Table:
         self.applied_offset: Int64 = words[:, 4]
         self.flags: npt.NDArray[np.uint8] = self.records.view(np.uint8)[:, 42]
         self.recency: npt.NDArray[np.uint8] = self.records.view(np.uint8)[:, 43]
-        self.lengths: npt.NDArray[np.uint16] = self.records.view(np.uint16)[:, 20]
+        self.in_use: npt.NDArray[np.uint16] = self.records.view(np.uint16)[:, 20]
 
     @property
     def capacity(self) -> int:
@@ -129,6 +138,8 @@ class Table:
                 created,
                 done,
                 position,
+                self.lives.mask,
+                self.lives.default_lag,
             )
             if position == n:
                 break
@@ -147,7 +158,9 @@ class Table:
         if self.held:
             for slot in slots.tolist():
                 self.held.pop(slot, None)
-        probing.remove(self._entries, self.records, self._overflow, self._counters, self._classes, slots)
+        # Where records keep lags they do not keep tags.
+        hashes = self.hashes(self.keys(slots)) if self.lives.several else _NO_HASHES
+        probing.remove(self._entries, self.records, self._overflow, self._counters, self._classes, slots, hashes)
 
     def keys(self, slots: Int64) -> PackedKeys:
         """The keys at slots in use."""
@@ -195,13 +208,48 @@ class Table:
         _, count = kernels.next_set(bits, 0, out)
         return out[:count]
 
-    def scatter(self, slots: Int64, values: npt.NDArray[np.float32], when: Int64, applied: Int64, horizon: int) -> int:
+    def scatter(
+        self,
+        slots: Int64,
+        values: npt.NDArray[np.float32],
+        when: Int64,
+        applied: Int64,
+        life_ms: Int64 | None,
+        horizon: int,
+    ) -> int:
         """Write vectors to slots in order; returns how many rows expired meanwhile. See kernels.scatter."""
-        return int(kernels.scatter(self.records, self.rows, slots, values, when, applied, horizon))
+        lags = when
+        if self.lives.several:
+            lags = self.lives.lags(np.zeros_like(when) if life_ms is None else life_ms)
+        return int(
+            kernels.scatter(self.records, self.rows, slots, values, when, applied, lags, horizon, self.lives.mask)
+        )
+
+    def aged(self, slots: Int64) -> Int64:
+        """What the rows at slots are ended and ordered by: last_event_ms where all live equally long. See lives."""
+        if not self.lives.several:
+            last: Int64 = self.last_event_ms[slots]
+            return last
+        out = np.empty(slots.shape[0], np.int64)
+        kernels.aged(self.records, slots, self.lives.mask, out)
+        return out
+
+    def account(self, slots: Int64) -> Int64:
+        """All of the rows at slots but their floats, int64[n, 4]: `meta`, and how long they live after it."""
+        out = np.empty((slots.shape[0], 4), np.int64)
+        out[:, :3] = self.meta[slots]
+        out[:, 3] = self.lives.life_ms(self.lives.read(self.records, slots))
+        return out
+
+    def set_account(self, slots: Int64, account: Int64) -> None:
+        """Set what account() gives."""
+        self.meta[slots] = account[:, :3]
+        if self.lives.several:
+            self.lives.write(self.records, slots, self.lives.lags(account[:, 3]))
 
     def used_slots(self) -> Int64:
         """All slots in use, ascending."""
-        return np.flatnonzero(self.lengths[: self.allocated])
+        return np.flatnonzero(self.in_use[: self.allocated])
 
     def choose_victims(self, wanted: int, *, spill: bool) -> Int64:
         """Up to `wanted` slots in use that may leave memory, least recently used first."""

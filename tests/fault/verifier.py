@@ -157,7 +157,7 @@ def _rows(site: Site, values: list[bytes]) -> list[State]:
     meta, floats = decode_rows(values, site.layout.width, 0, "changelog")
     return [
         State(row.tobytes(), int(seen), int(last_ms), int(offset))
-        for row, (seen, last_ms, offset) in zip(floats, meta, strict=True)
+        for row, (seen, last_ms, offset) in zip(floats, meta[:, :3], strict=True)
     ]
 
 

@@ -29,6 +29,7 @@ MODES: dict[str, dict[str, Any]] = {
     "on disk, with few cold copies": {"memory_rows": 16, "cold_rows": 50},
     "with optimizer state": {"state_width": 3, "memory_rows": 16},
     "with a cap and a ttl that nothing reaches": {"max_rows": 10**6, "ttl_ms": 10**12, "memory_rows": 16},
+    "with times to live of each event": {"ttl_ms": 10**11, "event_ttls_ms": (10**10, None), "memory_rows": 16},
     "one hash for all keys": {"memory_rows": 600, "hasher": lambda keys: np.zeros(len(keys), np.uint64)},
 }
 

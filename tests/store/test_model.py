@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from stream.store import EmbeddingStore, PackedKeys, StoreOptions
+from stream.store import FOR_EVER, EmbeddingStore, PackedKeys, StoreOptions
 
 WIDTH = 2
+NEVER = 2**50
 KEYS = [f"k{i}".encode() for i in range(12)] + [b"q" * 17, b"z" * 1024]
 keys = st.sampled_from(KEYS)
 
@@ -26,13 +27,19 @@ class Row:
     vector: bytes
     events: int
     last: int
+    #: When it expires; None: never.
+    deadline: int | None = 0
 
 
 class Model:
     """Rows in a dict; expired ones may stay in it, as they may in the store, and are never seen."""
 
-    def __init__(self, ttl: int | None, max_rows: int | None, min_rows: int) -> None:
+    def __init__(
+        self, ttl: int | None, event_ttls: tuple[int | None, ...], max_rows: int | None, min_rows: int
+    ) -> None:
         self.ttl, self.max_rows, self.min_rows = ttl, max_rows, min_rows
+        #: Rows that would expire last come last; event time is behind the horizon by this.
+        self.behind = max((one for one in (ttl, *event_ttls) if one is not None), default=None)
         self.rows: dict[bytes, Row] = {}
         self.horizon = self.watermark = -(2**63)
 
@@ -40,27 +47,36 @@ class Model:
         if ms <= self.watermark:
             return
         self.watermark = ms
-        if self.ttl is None:
+        self.hold()
+
+    def hold(self) -> None:
+        """Move the horizon to where watermark and floor have it."""
+        if self.behind is None:
             return
-        horizon = ms - self.ttl
+        horizon = self.watermark - self.behind
         if self.min_rows:
-            newest = sorted((row.last for row in self.rows.values()), reverse=True)
+            newest = sorted(map(self.age, self.rows.values()), reverse=True)
             horizon = min(horizon, newest[self.min_rows - 1] - 1) if len(newest) > self.min_rows else self.horizon
         self.horizon = max(self.horizon, horizon)
 
-    def live(self) -> dict[bytes, Row]:
-        return {key: row for key, row in self.rows.items() if row.last > self.horizon}
+    def age(self, row: Row) -> int:
+        """By this rows are ordered, and expired where it is not above the horizon."""
+        return NEVER + row.last if row.deadline is None else row.deadline - (self.behind or 0)
 
-    def upsert(self, key: bytes, vector: bytes, ms: int) -> None:
+    def live(self) -> dict[bytes, Row]:
+        return {key: row for key, row in self.rows.items() if self.age(row) > self.horizon}
+
+    def upsert(self, key: bytes, vector: bytes, ms: int, ttl: int | None) -> None:
         row = self.rows.get(key)
-        if row is None or row.last <= self.horizon:
+        if row is None or self.age(row) <= self.horizon:
             row = self.rows[key] = Row(b"", 0, 0)
         row.vector, row.events, row.last = vector, row.events + 1, max(row.last, ms)
+        row.deadline = None if ttl is None or row.deadline is None else max(row.deadline, ms + ttl)
 
     def cap(self) -> set[bytes]:
         ended = set()
         while self.max_rows is not None and len(self.live()) > self.max_rows:
-            oldest = min(self.live(), key=lambda key: self.rows[key].last)
+            oldest = min(self.live(), key=lambda key: self.age(self.rows[key]))
             del self.rows[oldest]
             ended.add(oldest)
         return ended
@@ -76,6 +92,7 @@ class StoreMachine(RuleBasedStateMachine):
     @initialize(
         memory_rows=st.sampled_from([None, 1, 3, 100]),
         ttl=st.sampled_from([None, 3_000, 20_000]),
+        event_ttls=st.sampled_from([(), (), (5_000,), (1_000, 40_000), (3_000, 9_000, None)]),
         max_rows=st.sampled_from([None, 2, 5]),
         min_rows=st.sampled_from([0, 0, 2]),
         cold_rows=st.sampled_from([None, 0, 2, 100]),
@@ -85,6 +102,7 @@ class StoreMachine(RuleBasedStateMachine):
         self,
         memory_rows: int | None,
         ttl: int | None,
+        event_ttls: tuple[int | None, ...],
         max_rows: int | None,
         min_rows: int,
         cold_rows: int | None,
@@ -99,6 +117,7 @@ class StoreMachine(RuleBasedStateMachine):
             width=WIDTH,
             memory_rows=memory_rows,
             ttl_ms=ttl,
+            event_ttls_ms=event_ttls,
             max_rows=max_rows,
             min_rows=min_rows,
             reserve_rows=1,
@@ -107,32 +126,46 @@ class StoreMachine(RuleBasedStateMachine):
         self.hasher = (lambda packed: np.full(len(packed), 7, np.uint64)) if one_hash else None
         self.store = EmbeddingStore.open(self.path, self.options, hasher=self.hasher)
         self.store.take_capped()
-        self.model = Model(ttl, max_rows, min_rows)
+        self.model = Model(ttl, event_ttls, max_rows, min_rows)
 
     @rule(
-        rows=st.lists(st.tuples(keys, st.floats(width=32, allow_nan=False), st.integers(-9, 9)), max_size=8),
+        rows=st.lists(
+            st.tuples(keys, st.floats(width=32, allow_nan=False), st.integers(-9, 9), st.integers(0, 9)), max_size=8
+        ),
         as_list=st.booleans(),
+        with_ttls=st.booleans(),
     )
-    def upsert(self, rows: list[tuple[bytes, float, int]], as_list: bool) -> None:
+    def upsert(self, rows: list[tuple[bytes, float, int, int]], as_list: bool, with_ttls: bool) -> None:
         base = max(self.model.watermark, 10_000)
         vectors = np.zeros((len(rows), WIDTH), np.float32)
         times = np.zeros(len(rows), np.int64)
-        for i, (key, value, late) in enumerate(rows):
+        lives = np.zeros(len(rows), np.int64)
+        for i, (key, value, late, modality) in enumerate(rows):
             self.tick += 1
             vectors[i] = value
             times[i] = base + late * 1000 + self.tick
-            self.model.upsert(key, vectors[i].tobytes(), int(times[i]))
-        names = [key for key, _, _ in rows]
-        self.store.upsert(names if as_list else PackedKeys.from_list(names), vectors, event_ms=times)
+            ttl = self.ttl_of(modality if with_ttls else 0)
+            lives[i] = FOR_EVER if ttl is None else ttl
+            self.model.upsert(key, vectors[i].tobytes(), int(times[i]), ttl)
+        names = [key for key, *_ in rows]
+        packed = names if as_list else PackedKeys.from_list(names)
+        self.store.upsert(packed, vectors, event_ms=times, ttl_ms=lives if with_ttls else None)
         capped = self.model.cap()
         assert set(self.store.take_capped()) >= capped
 
-    @rule(names=st.lists(keys, max_size=6), value=st.floats(-4, 4, width=32))
-    def read_modify_write(self, names: list[bytes], value: float) -> None:
+    def ttl_of(self, modality: int) -> int | None:
+        every = (self.options.ttl_ms, *self.options.event_ttls_ms)
+        return every[modality % len(every)]
+
+    @rule(names=st.lists(keys, max_size=6), value=st.floats(-4, 4, width=32), modality=st.integers(0, 9))
+    def read_modify_write(self, names: list[bytes], value: float, modality: int) -> None:
         self.tick += 1
         ms = max(self.model.watermark, 10_000) + self.tick
         live = self.model.live()
+        ttl = self.ttl_of(modality)
         with self.store.update(names) as slots:
+            life = np.full(len(names), FOR_EVER if ttl is None else ttl)
+            self.store.prolong(slots, np.arange(ms, ms + len(names)), life)
             for i, slot in enumerate(slots):
                 self.store.vectors[slot] += np.float32(value)
                 self.store.events_seen[slot] += 1
@@ -140,7 +173,7 @@ class StoreMachine(RuleBasedStateMachine):
         for i, key in enumerate(names):
             before = live[key].vector if key in live else bytes(4 * WIDTH)
             after = np.frombuffer(before, np.float32) + np.float32(value)
-            self.model.upsert(key, after.astype(np.float32).tobytes(), ms + i)
+            self.model.upsert(key, after.astype(np.float32).tobytes(), ms + i, ttl)
             live = self.model.live()
             self.tick += 1
         self.model.cap()
@@ -151,6 +184,9 @@ class StoreMachine(RuleBasedStateMachine):
             with self.store.update(names) as slots:
                 self.store.vectors[slots] = 99
                 self.store.events_seen[slots] = 99
+                self.store.prolong(
+                    slots, np.full(len(names), 10**9), np.full(len(names), self.store.longest_ttl_ms or 1)
+                )
                 raise KeyError("the caller's own error")
         except KeyError:
             pass
@@ -193,13 +229,19 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.take_capped()
         assert self.store.watermark_ms == max(self.model.watermark, -(2**62))
         if self.options.min_rows:
-            # The floor is exact once the sweep has read the disk.
+            # The floor is exact once the sweep has read the disk, and is then held to what came late meanwhile.
+            self.model.hold()
             self.sweep()
 
     @rule()
     def snapshot_and_load(self) -> None:
         self.store.snapshot({"tick": b"1"}).write(self.root / "snapshot")
-        options = StoreOptions(width=WIDTH, ttl_ms=self.options.ttl_ms, min_rows=self.options.min_rows)
+        options = StoreOptions(
+            width=WIDTH,
+            ttl_ms=self.options.ttl_ms,
+            event_ttls_ms=self.options.event_ttls_ms,
+            min_rows=self.options.min_rows,
+        )
         other = EmbeddingStore.open(None, options)
         assert other.load([self.root / "snapshot"]) == [{"tick": b"1"}]
         assert {k: v[0] for k, v in contents(other).items()} == {k: r.vector for k, r in self.model.live().items()}
@@ -231,7 +273,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert len(self.store) <= self.options.max_rows
         if self.options.memory_rows is not None:
             assert self.store.stats.memory_rows <= self.options.memory_rows + len(KEYS)
-        if self.options.ttl_ms is None:
+        if self.store.longest_ttl_ms is None:
             assert len(self.store) == len(live)
 
     def teardown(self) -> None:

@@ -16,10 +16,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from stream.store import Checkpoint, EmbeddingStore, PackedKeys, StoreOptions
+from stream.store import FOR_EVER, Checkpoint, EmbeddingStore, PackedKeys, StoreOptions
 
 KEYS = [b"a", b"bb", b"a-key-of-more-than-sixteen-bytes", b"\x00", b"\x00\x00", b"e" * 1024, b"g", b"h", b"i", b"j"]
 WIDTH = 3
+NEVER = 2**50
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Event:
     ms: int
     value: float
     delete: bool
+    modality: int = 0
 
 
 @dataclass
@@ -36,11 +38,14 @@ class Row:
     events: int = 0
     last: int = 0
     offset: int = -1
+    #: When it expires.
+    deadline: int = 0
 
-    def apply(self, event: Event, offset: int) -> None:
+    def apply(self, event: Event, offset: int, ttl: int | None) -> None:
         step(self.vector, event.value)
         self.events += 1
         self.last = max(self.last, event.ms)
+        self.deadline = max(self.deadline, event.ms + (NEVER if ttl is None else ttl))
         self.offset = offset
 
 
@@ -53,14 +58,17 @@ def step(vector: np.ndarray, value: float) -> None:
 class Truth:
     """What one pass over the log makes of it, one event at a time."""
 
-    def __init__(self, ttl: int | None, threshold: int) -> None:
-        self.ttl, self.threshold = ttl, threshold
+    def __init__(self, ttls: list[int | None], threshold: int) -> None:
+        self.ttls, self.threshold = ttls, threshold
         self.watermark = -(2**62)
         self.rows: dict[bytes, Row] = {}
         self.waiting: dict[bytes, list[tuple[int, Event]]] = {}
 
-    def live(self, last: int) -> bool:
-        return self.ttl is None or last > self.watermark - self.ttl
+    def live(self, deadline: int) -> bool:
+        return self.watermark < deadline
+
+    def ttl(self, event: Event) -> int | None:
+        return self.ttls[event.modality % len(self.ttls)]
 
     def advance(self, offset: int, event: Event) -> None:
         if event.delete:
@@ -69,21 +77,22 @@ class Truth:
             return
         self.watermark = max(self.watermark, event.ms)
         row = self.rows.get(event.key)
-        if row is not None and not self.live(row.last):
+        if row is not None and not self.live(row.deadline):
             del self.rows[event.key]
             row = None
         if row is not None:
-            row.apply(event, offset)
+            row.apply(event, offset, self.ttl(event))
         else:
             held = self.waiting.get(event.key, [])
-            if held and not self.live(max(e.ms for _, e in held)):
+            ends = [NEVER if self.ttl(e) is None else e.ms + (self.ttl(e) or 0) for _, e in held]
+            if held and not self.live(max(ends)):
                 held = []
             held = [*held, (offset, event)]
             self.waiting[event.key] = held
             if len(held) >= self.threshold:
                 row = self.rows[event.key] = Row()
                 for at, one in self.waiting.pop(event.key):
-                    row.apply(one, at)
+                    row.apply(one, at, self.ttl(one))
 
 
 class ReplayMachine(RuleBasedStateMachine):
@@ -103,16 +112,30 @@ class ReplayMachine(RuleBasedStateMachine):
     @initialize(
         memory_rows=st.sampled_from([1, 2, 4, 50]),
         ttl=st.sampled_from([None, 5, 20]),
+        event_ttls=st.sampled_from([(), (), (9,), (3, 40), (12, None)]),
         threshold=st.sampled_from([1, 1, 2, 3]),
         cold_rows=st.sampled_from([None, 0, 2, 100]),
         one_hash=st.booleans(),
     )
-    def open(self, memory_rows: int, ttl: int | None, threshold: int, cold_rows: int | None, one_hash: bool) -> None:
+    def open(
+        self,
+        memory_rows: int,
+        ttl: int | None,
+        event_ttls: tuple[int | None, ...],
+        threshold: int,
+        cold_rows: int | None,
+        one_hash: bool,
+    ) -> None:
         self.options = StoreOptions(
-            width=WIDTH, memory_rows=memory_rows, ttl_ms=ttl, admission_threshold=threshold, cold_rows=cold_rows
+            width=WIDTH,
+            memory_rows=memory_rows,
+            ttl_ms=ttl,
+            event_ttls_ms=event_ttls,
+            admission_threshold=threshold,
+            cold_rows=cold_rows,
         )
         self.hasher = (lambda keys: np.zeros(len(keys), np.uint64)) if one_hash else None
-        self.truth = Truth(ttl, threshold)
+        self.truth = Truth([ttl, *event_ttls], threshold)
         self.store = EmbeddingStore.open(self.root / "db", self.options, hasher=self.hasher)
 
     # -- the stream ----------------------------------------------------------------------------------------
@@ -125,6 +148,7 @@ class ReplayMachine(RuleBasedStateMachine):
                 st.integers(1, 60),
                 st.floats(-2, 2, width=32),
                 st.integers(0, 9).map(lambda i: i == 0),
+                st.integers(0, 5),
             ),
             min_size=1,
             max_size=12,
@@ -163,12 +187,17 @@ class ReplayMachine(RuleBasedStateMachine):
                 [offset for offset, _ in events],
                 [event.ms for _, event in events],
                 [str(offset).encode() for offset, _ in events],
+                self.lives(events),
             )
             self.published -= set(admission.gone)
             held = [int(data) for _, payloads in admission.released for data in payloads]
             admitted = [events[i] for i in np.flatnonzero(admission.admitted)]
             self.apply([(offset, self.log[offset]) for offset in held] + admitted, events[: admission.stop])
             events = events[admission.stop :]
+
+    def lives(self, events: list[tuple[int, Event]]) -> np.ndarray:
+        ttls = [self.truth.ttl(event) for _, event in events]
+        return np.array([FOR_EVER if ttl is None else ttl for ttl in ttls], np.int64)
 
     def apply(self, events: list[tuple[int, Event]], seen: list[tuple[int, Event]]) -> None:
         """Apply events to their rows, then advance event time by those seen."""
@@ -181,6 +210,8 @@ class ReplayMachine(RuleBasedStateMachine):
                 if offset > store.applied_offset[slot]:
                     if self.options.admission_threshold == 1:
                         store.reset_expired(np.array([slot]), np.array([watermark]))
+                    at = np.array([slot]), np.array([event.ms])
+                    store.prolong(*at, self.lives([(offset, event)]))
                     step(store.vectors[slot], event.value)
                     store.events_seen[slot] += 1
                     store.last_event_ms[slot] = max(store.last_event_ms[slot], event.ms)
@@ -262,7 +293,7 @@ class ReplayMachine(RuleBasedStateMachine):
         found = self.store.lookup(KEYS)
         for i, key in enumerate(KEYS):
             row = self.truth.rows.get(key)
-            if row is not None and not self.truth.live(row.last):
+            if row is not None and not self.truth.live(row.deadline):
                 row = None
             assert bool(found.found[i]) == (row is not None), key
             if row is not None:
@@ -277,7 +308,7 @@ class ReplayMachine(RuleBasedStateMachine):
     @invariant()
     def scan_is_complete(self) -> None:
         if hasattr(self, "store"):
-            live = {key for key, row in self.truth.rows.items() if self.truth.live(row.last)}
+            live = {key for key, row in self.truth.rows.items() if self.truth.live(row.deadline)}
             seen = [key for keys, _ in self.store.scan(3) for key in keys]
             assert sorted(seen) == sorted(live)
 
@@ -293,7 +324,7 @@ class ReplayMachine(RuleBasedStateMachine):
             self.rows_are_those_of_one_pass()
             assert live == len(self.store) == len(self.rows_in_changelog())
             self.sweep(1000.0)
-            assert self.published == {key for key, row in self.truth.rows.items() if self.truth.live(row.last)}
+            assert self.published == {key for key, row in self.truth.rows.items() if self.truth.live(row.deadline)}
             self.store.close()
         shutil.rmtree(self.root)
 

@@ -24,6 +24,7 @@ def settings_table() -> str:
         ("kafka.", settings.Kafka),
         ("topics.", settings.Topics),
         ("limits.", settings.Limits),
+        ("modalities.NAME.", settings.Modality),
         ("modalities.NAME.fields.FIELD.", settings.Field),
         ("memory[].", settings.Memory),
         ("memory[].where.", settings.Where),
@@ -38,6 +39,9 @@ def settings_table() -> str:
         notes = _notes(section)
         hints = get_type_hints(section, include_extras=True)
         for field in msgspec.structs.fields(section):
+            if get_origin(hints[field.name]) is dict:
+                # A section of its own.
+                continue
             default = "required" if field.required else _default(field)
             lines.append(
                 f"| `{prefix}{field.name}` | {_accepted(hints[field.name])} | {default} | {notes.get(field.name, '')} |"

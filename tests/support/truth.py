@@ -1,8 +1,8 @@
 """The truth about a system, recomputed from its topics alone.
 
 Every event topic is passed over once, from its start, by one engine on plain arrays: no worker, no store, no
-checkpoint. States are compared bit for bit. A row expires at the event that moves event time `store.ttl_s` past
-its last update, and starts anew; `store.max_rows` is not modelled.
+checkpoint. States are compared bit for bit. A row expires at the event that moves event time to the end of what each
+of its events gave it, `ttl_s` of the modality or else of the store, and starts anew; `store.max_rows` is not modelled.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from stream.model.parameters import ParameterSet
 from stream.settings import Settings
 from stream.store import EmbeddingStore, StoreOptions
 from stream.wire import EventColumns, EventDecoder, RecordBlock, Schema, decode_embedding
+
+#: Milliseconds that never pass.
+_NEVER_MS = 2**61
 
 
 class PlainRows:
@@ -155,7 +158,11 @@ class OnePass:
         self._decoder = EventDecoder(schema, settings.limits, settings.topics.format, fast=False)
         self._questions = Questions(self._layout)
         self._heads = {version: self._questions.heads(held) for version, held in (versions or {}).items()}
-        self._ttl_ms = None if settings.store.ttl_s is None else int(settings.store.ttl_s * 1000)
+        self._ttl_ms = [
+            _NEVER_MS if ttl_s is None else int(ttl_s * 1000)
+            for ttl_s in (one.ttl_s or settings.store.ttl_s for one in settings.modalities.values())
+        ]
+        self._deadline_ms: dict[int, int] = {}
         self._watermark_ms = 0
         self._rows = PlainRows(1024, self._layout.width)
         self._slot_of: dict[bytes, int] = {}
@@ -192,16 +199,15 @@ class OnePass:
     ) -> NDArray[np.bool_]:
         """Which events find the row of their client expired."""
         expires = np.zeros(columns.n, np.bool_)
-        rows = self._rows
-        last = {int(s): int(rows.last_event_ms[s]) for s in np.unique(slots[accepted]) if rows.events_seen[s]}
         for i in accepted.tolist():
             slot, at = int(slots[i]), int(columns.timestamp_ms[i])
             self._watermark_ms = max(self._watermark_ms, at)
-            before = last.get(slot)
-            if self._ttl_ms is not None and before is not None and self._watermark_ms - before >= self._ttl_ms:
+            deadline_ms = at + self._ttl_ms[int(columns.modality[i])]
+            before = self._deadline_ms.get(slot)
+            if before is not None and self._watermark_ms >= before:
                 expires[i] = True
                 before = None
-            last[slot] = at if before is None else max(at, before)
+            self._deadline_ms[slot] = deadline_ms if before is None else max(before, deadline_ms)
         return expires
 
     def _advance(
@@ -246,12 +252,12 @@ class OnePass:
     def truth(self) -> Truth:
         """What the events so far have led to."""
         states = {key: self._state(slot) for key, slot in self._slot_of.items()}
-        oldest = -(2**62) if self._ttl_ms is None else self._watermark_ms - self._ttl_ms
+        over = {key for key, slot in self._slot_of.items() if self._deadline_ms[slot] <= self._watermark_ms}
         return Truth(
-            {key: state for key, state in states.items() if state.last_event_ms > oldest},
+            {key: state for key, state in states.items() if key not in over},
             self._hidden,
             self._events,
-            {key: state for key, state in states.items() if state.last_event_ms <= oldest},
+            {key: state for key, state in states.items() if key in over},
             self._digests,
             self._predictions,
             self._rejected,

@@ -339,6 +339,30 @@ def test_a_row_past_its_time_to_live_starts_from_nothing_and_leaves_the_disk(tmp
     trainer.close()
 
 
+def test_a_row_lives_as_long_as_the_modality_of_each_event_says(tmp_path: Path) -> None:
+    # Given sends that keep a client for ten days, and purchases that do for one
+    ttls = shop.settings(STORE__TTL_S="86400", MODALITIES__SEND__TTL_S="864000")
+    trainer = open_trainer(tmp_path / "db", ttls)
+    trainer.apply_events(records([("ann", send("ann", START_MS)), ("bob", purchase("bob", START_MS))]))
+    trainer.apply_events(records([("ann", purchase("ann", START_MS + 1))], 2))
+    # When there was a restart, and the watermark comes to the millisecond before ann's end
+    trainer.checkpoint(0)
+    trainer.close()
+    trainer = open_trainer(tmp_path / "db", ttls)
+    trainer.apply_events(records([("dan", purchase("dan", START_MS + 10 * DAY_MS - 1))], 3))
+
+    def seen(client: str) -> int:
+        slot = trainer.replica.slots([client.encode()], [0], trainer.joiner.watermarks)[0]
+        return int(trainer.replica.events_seen[slot])
+
+    # Then she is as she was, and bob is forgotten
+    assert (seen("ann"), seen("bob")) == (2, 0)
+    # And at her end she is too
+    trainer.apply_events(records([("dan", purchase("dan", START_MS + 10 * DAY_MS))], 4))
+    assert seen("ann") == 0
+    trainer.close()
+
+
 def test_a_checkpoint_of_other_settings_is_refused_with_what_to_do(tmp_path: Path) -> None:
     trainer = open_trainer(tmp_path / "db", shop.settings())
     trainer.checkpoint(3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -29,6 +30,9 @@ START_MS = 1_600_000_000_000
 TTL_MS = 60_000
 
 Drawn = list[tuple[int, int, bool]]
+Ttls = tuple[int | None, ...]
+#: Of payments and offers.
+EVENT_TTLS_MS: Ttls = (15_000, 120_000)
 drawn_events = st.lists(
     st.tuples(st.integers(0, 4), st.one_of(st.integers(0, 20_000), st.integers(-90_000, 120_000)), st.booleans()),
     min_size=1,
@@ -36,8 +40,13 @@ drawn_events = st.lists(
 )
 
 
-def _partition(ttl_ms: int | None, threshold: int = 1) -> Partition:
-    options = StoreOptions(width=LAYOUT.width, ttl_ms=ttl_ms, admission_threshold=threshold)
+event_ttls = st.sampled_from([(), EVENT_TTLS_MS, (None, 20_000)])
+
+
+def _partition(ttl_ms: int | None, threshold: int = 1, event_ttls_ms: Ttls = ()) -> Partition:
+    options = StoreOptions(
+        width=LAYOUT.width, ttl_ms=ttl_ms, event_ttls_ms=event_ttls_ms, admission_threshold=threshold
+    )
     store = EmbeddingStore.open(None, options)
     decoder = EventDecoder(SCHEMA, SETTINGS.limits, "msgpack")
     return Partition(0, store, 0, decoder, EmbeddingEncoder(LAYOUT.hidden, ["accepted"]))
@@ -54,9 +63,14 @@ def _records(drawn: Drawn) -> tuple[list[bytes], list[bytes]]:
 
 
 def _run(
-    keys: list[bytes], values: list[bytes], bounds: list[int], ttl_ms: int | None, threshold: int = 1
+    keys: list[bytes],
+    values: list[bytes],
+    bounds: list[int],
+    ttl_ms: int | None,
+    threshold: int = 1,
+    event_ttls_ms: Ttls = (),
 ) -> tuple[dict[bytes, tuple[bytes, int, int, int]], dict[tuple[bytes, int], tuple[bytes, float | None]]]:
-    partition = _partition(ttl_ms, threshold)
+    partition = _partition(ttl_ms, threshold, event_ttls_ms)
     seen: dict[tuple[bytes, int], tuple[bytes, float | None]] = {}
     standing: set[bytes] = set()
     for begin, end in itertools.pairwise(bounds):
@@ -89,16 +103,35 @@ def _run(
     return rows, seen
 
 
+def _oracle(drawn: Drawn, ttl_ms: int | None, event_ttls_ms: Ttls) -> dict[bytes, tuple[int, int]]:
+    """Events seen and last time of each client's row, by the deadlines of its events alone."""
+    rows: dict[bytes, tuple[int, int, float]] = {}
+    at, now = START_MS, 0
+    for client, step, is_offer in drawn:
+        key, at = str(client).encode(), max(1, at + step)
+        ttl = event_ttls_ms[is_offer] if event_ttls_ms else ttl_ms
+        now = max(now, at)
+        events, last, deadline = rows.get(key, (0, 0, 0.0))
+        if now >= deadline:
+            events, last, deadline = 0, 0, 0.0
+        rows[key] = events + 1, max(last, at), max(deadline, math.inf if ttl is None else at + ttl)
+    return {key: (events, last) for key, (events, last, deadline) in rows.items() if deadline > now}
+
+
 @settings(max_examples=120, deadline=None)
-@given(drawn_events, st.lists(st.integers(0, 60), max_size=5), st.booleans())
-def test_cutting_differently_changes_no_row_and_no_embedding(drawn: Drawn, cuts: list[int], expire: bool) -> None:
+@given(drawn_events, st.lists(st.integers(0, 60), max_size=5), st.booleans(), event_ttls)
+def test_cutting_differently_changes_no_row_and_no_embedding(
+    drawn: Drawn, cuts: list[int], expire: bool, event_ttls_ms: Ttls
+) -> None:
     # Given events of few clients that jump in time, so that rows expire within a batch
     keys, values = _records(drawn)
     n, ttl = len(drawn), TTL_MS if expire else None
     # When they are applied one at a time, in one block, and cut anywhere
-    single_rows, single_seen = _run(keys, values, list(range(n + 1)), ttl)
+    single_rows, single_seen = _run(keys, values, list(range(n + 1)), ttl, 1, event_ttls_ms)
+    # (and are as an oracle that knows deadlines alone has them)
+    assert {key: (row[1], row[2]) for key, row in single_rows.items()} == _oracle(drawn, ttl, event_ttls_ms)
     for bounds in ([0, n], sorted({0, n, *(min(c, n) for c in cuts)})):
-        rows, seen = _run(keys, values, bounds, ttl)
+        rows, seen = _run(keys, values, bounds, ttl, 1, event_ttls_ms)
         # Then rows are equal bit for bit, and every embedding that was published is the one of that event
         assert rows == single_rows
         assert seen.items() <= single_seen.items()
@@ -109,17 +142,17 @@ def test_cutting_differently_changes_no_row_and_no_embedding(drawn: Drawn, cuts:
 
 
 @settings(max_examples=150, deadline=None)
-@given(drawn_events, st.lists(st.integers(0, 60), max_size=5), st.booleans(), st.sampled_from([2, 3, 7]))
+@given(drawn_events, st.lists(st.integers(0, 60), max_size=5), st.booleans(), st.sampled_from([2, 3, 7]), event_ttls)
 def test_a_filtered_client_has_the_row_it_would_have_had(
-    drawn: Drawn, cuts: list[int], expire: bool, threshold: int
+    drawn: Drawn, cuts: list[int], expire: bool, threshold: int, event_ttls_ms: Ttls
 ) -> None:
     # Given events of few clients, applied one at a time without a filter
     keys, values = _records(drawn)
     n, ttl = len(drawn), TTL_MS if expire else None
-    rows, seen = _run(keys, values, list(range(n + 1)), ttl)
+    rows, seen = _run(keys, values, list(range(n + 1)), ttl, 1, event_ttls_ms)
     for bounds in (list(range(n + 1)), [0, n], sorted({0, n, *(min(c, n) for c in cuts)})):
         # When clients get a row at their n-th event, and the batches are cut anywhere
-        filtered, published = _run(keys, values, bounds, ttl, threshold)
+        filtered, published = _run(keys, values, bounds, ttl, threshold, event_ttls_ms)
         # Then exactly those that have had so many since they began have one, and it is the same, bit for bit
         assert filtered == {key: row for key, row in rows.items() if row[1] >= threshold}
         # And every embedding that was published is the one of that event

@@ -1,7 +1,7 @@
 """Large arrays that cost memory only where they are touched.
 
 Guarantees: a reserved array's untouched pages take no memory, so a bounded table reserves all it may need and
-never has to move. Does not guarantee zeros. Where the system refuses to reserve, an ordinary array is given.
+never has to move; they read as zeros. Where the system refuses to reserve, an ordinary array is given.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _SMALL = 1 << 20
 
 
 def reserve(rows: int, columns: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """An array of shape (rows, columns) with arbitrary contents."""
+    """An array of zeros of shape (rows, columns)."""
     kind = np.dtype(dtype)
     size = rows * columns * kind.itemsize
     if size < _SMALL:
-        return np.empty((rows, columns), kind)
+        return np.zeros((rows, columns), kind)
     try:
         area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     except OSError:
-        return np.empty((rows, columns), kind)
+        return np.zeros((rows, columns), kind)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # Rows are read at random: with 4 KiB pages most of a gather's time is page-table walks.
         area.madvise(mmap.MADV_HUGEPAGE)

@@ -215,7 +215,7 @@ class Core:
             at = np.flatnonzero(renewed)
             for slot in slots[at].tolist() if table.held else ():
                 table.held.pop(slot, None)
-            self.initialise(keys.take(at), slots[at])
+            self.initialise(keys, at, slots[at])
         return slots, made
 
     def _note_waiting(self, slots: Int64) -> None:
@@ -240,12 +240,13 @@ class Core:
                 created, new = created[~known], new[~known]
         self.rows += int(new.shape[0])
         self.admitted += int(new.shape[0])
-        self.initialise(keys.take(created), new)
+        self.initialise(keys, created, new)
         return new
 
-    def initialise(self, keys: PackedKeys, slots: Int64) -> None:
-        """Draw the vectors of new rows from their keys, where the table asks for that."""
+    def initialise(self, keys: PackedKeys, at: Int64, slots: Int64) -> None:
+        """Draw the vectors of new rows, at slots, from their keys, at `at` of keys, where the table asks for that."""
         if self.options.init_scale and slots.shape[0]:
+            keys = keys.take(at)
             hashes = hash_keys(keys.buffer, keys.offsets, np.uint64(self.options.init_seed))
             kernels.initialise(self.table.rows, self.options.width, slots, hashes, self.options.init_scale)
 

@@ -27,7 +27,7 @@ from stream.store.layout import (
 )
 from stream.store.lives import with_lag
 
-__all__ = ["compact_overflow", "copy_keys", "find", "insert", "key_lengths", "rebuild", "remove"]
+__all__ = ["compact_overflow", "copy_keys", "expand", "find", "insert", "key_lengths", "remove"]
 
 _LENGTH = np.uint64(LENGTH_BITS)
 _M32 = np.uint64(0xFFFFFFFF)
@@ -283,19 +283,41 @@ def remove(entries: Any, records: Any, overflow: Any, counters: Any, classes: An
 
 
 @njit(cache=True, nogil=True)
-def rebuild(old: Any, entries: Any) -> None:
-    """Put every entry of `old` into the empty, larger `entries`."""
+def _put(entries: Any, entry: Any) -> None:
     size = entries.shape[0]
-    for i in range(old.shape[0]):
-        entry = old[i]
-        if entry == _ZERO:
-            continue
-        place = _home(entry & _M32, size)
-        while entries[place] != _ZERO:
-            place += 1
-            if place == size:
-                place = 0
-        entries[place] = entry
+    place = _home(entry & _M32, size)
+    while entries[place] != _ZERO:
+        place += 1
+        if place == size:
+            place = 0
+    entries[place] = entry
+
+
+@njit(cache=True, nogil=True)
+def expand(entries: Any, before: Any) -> None:
+    """Make an index of the first `before` entries one of all; what the others hold does not matter.
+
+    In place, so that no memory is touched for the first time but what is added. The old entries move to the end, and
+    from there, in order, to their new places. Homes grow with tags, by no more than the entries added, so each place
+    is at or before the entry it comes from, and what is still to be moved is never met on the way.
+    """
+    added = entries.shape[0] - before
+    first = 0
+    while first < before and entries[first] != _ZERO:
+        first += 1
+    # Entries up to the first gap may have come round from the end: they go last.
+    wrapped = entries[:first].copy()
+    for i in range(before - 1, first - 1, -1):
+        entries[added + i] = entries[i]
+    for i in range(added + first):
+        entries[i] = _ZERO
+    for i in range(added + first, entries.shape[0]):
+        entry = entries[i]
+        if entry != _ZERO:
+            entries[i] = _ZERO
+            _put(entries, entry)
+    for i in range(first):
+        _put(entries, wrapped[i])
 
 
 @njit(cache=True, nogil=True)

@@ -325,7 +325,7 @@ class EmbeddingStore:
             table.last_event_ms[at] = 0
             core.lives.write(table.records, at, np.full(at.shape[0], core.lives.default_lag))
             kernels.zero_rows(table.rows, at)
-            core.initialise(table.keys(at), at)
+            core.initialise(table.keys(at), np.arange(at.shape[0]), at)
             core.expired += int(at.shape[0])
         return reset
 

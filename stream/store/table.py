@@ -55,12 +55,13 @@ class Table:
         if make is None:
             self.rows: npt.NDArray[np.float32] = arena.reserve(reserve, floats, np.float32)
             self.records: Uint64 = arena.reserve(reserve, layout.RECORD_WORDS, np.uint64)
-            self._entries: Uint64 = np.zeros(64, np.uint64)
+            self._index: Uint64 = arena.reserve(int(reserve / _MAX_LOAD) + 64, 1, np.uint64).reshape(-1)
+            self._entries: Uint64 = self._index[:64]
         else:
             self.rows = make(reserve, floats, np.float32, 0)
             self.records = make(reserve, layout.RECORD_WORDS, np.uint64, 0)
             size = int(reserve / _MAX_LOAD) + 64
-            self._entries = make(size, 1, np.uint64, size).reshape(-1)
+            self._entries = self._index = make(size, 1, np.uint64, size).reshape(-1)
         self._overflow = np.empty(0, np.uint64)
         self._counters = np.zeros(layout.COUNTERS, np.int64)
         self._counters[layout.FREE_HEAD] = -1
@@ -123,6 +124,8 @@ class Table:
         n = len(keys)
         self._make_index_room(missing)
         created = np.empty(missing, np.int64)
+        # Slots from here on were never used, so their floats are zeros, and need no memory yet.
+        fresh = self.allocated
         position, done = 0, 0
         while True:
             position, done = probing.insert(
@@ -148,7 +151,8 @@ class Table:
             else:
                 self._make_overflow_room(keys, position)
         created = created[:done]
-        kernels.zero_rows(self.rows, slots[created])
+        new = slots[created]
+        kernels.zero_rows(self.rows, new[new < fresh])
         return created
 
     def remove(self, slots: Int64) -> None:
@@ -262,9 +266,12 @@ class Table:
         need = int((len(self) + more) / _MAX_LOAD) + 1
         if need <= size:
             return
-        entries = np.zeros(max(need, int(size * 1.25)), np.uint64)
-        probing.rebuild(self._entries, entries)
-        self._entries = entries
+        larger = max(need, int(size * 1.25))
+        if larger > self._index.shape[0]:
+            self._index = arena.reserve(2 * larger, 1, np.uint64).reshape(-1)
+            self._index[:size] = self._entries
+        probing.expand(self._index[:larger], size)
+        self._entries = self._index[:larger]
 
     def _grow(self, more: int) -> None:
         capacity = self.capacity + max(more, self.capacity, 64)

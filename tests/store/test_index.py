@@ -113,3 +113,34 @@ def test_given_16_byte_keys_then_the_overhead_is_within_64_bytes_a_row() -> None
         slots, missing = table.find(packed, table.hashes(packed))
         table.insert(packed, table.hashes(packed), slots, missing)
         assert table.overhead_bytes / len(table) <= 64
+
+
+@pytest.mark.parametrize("tags", ["spread", "at the end", "at the start", "both ends", "one"])
+def test_given_a_growing_index_then_every_key_is_found_wherever_its_home_is(tags: str) -> None:
+    # Given hashes whose homes lie so that entries come round from the end of the index, in long runs
+    n = 3000
+    random = np.random.default_rng(5)
+    bits = {
+        "spread": random.integers(0, 2**32, n),
+        "at the end": 2**32 - 1 - random.integers(0, 2**20, n),
+        "at the start": random.integers(0, 2**20, n),
+        "both ends": np.where(random.random(n) < 0.5, random.integers(0, 2**24, n), 2**32 - 1),
+        "one": np.full(n, 2**32 - 1),
+    }[tags]
+    hashes = bits.astype(np.uint64) << np.uint64(32)
+    keys = PackedKeys.from_int64(np.arange(n))
+    table = Table(1, 64, 0)
+    slots = np.full(n, -1, np.int64)
+    for start in range(0, n, 37):
+        part = np.arange(start, min(start + 37, n))
+        # When the index grows with each batch, past what was reserved for it, and rows leave in between
+        mine = slots[part]
+        table.insert(keys.take(part), hashes[part], mine, len(part))
+        slots[part] = mine
+        gone = part[::5]
+        table.remove(slots[gone])
+        slots[gone] = -1
+        # Then exactly the keys that are left are found, each in its slot
+        found, missing = table.find(keys, hashes)
+        assert found.tolist() == slots.tolist()
+        assert missing == int((slots < 0).sum())

@@ -42,6 +42,7 @@ from stream.batch_queue import BatchQueue, Lane, QueuedBatch
 from stream.errors import BrokerError
 from stream.kafka import REQUEST_TIMEOUT_S
 from stream.produce_requests import InitProducerId, ProduceBatches
+from stream.security import asyncio_security
 from stream.settings import Settings
 from stream.store.keys import PackedKeys
 from stream.wire.record_batch import Codec
@@ -85,7 +86,11 @@ class ProducerLimits:
 
 def asyncio_client_config(settings: Settings) -> dict[str, Any]:
     """Keyword arguments of aiokafka's clients: where the brokers are, and how to reach them."""
-    return {"bootstrap_servers": settings.kafka.bootstrap_servers, "client_id": "livestate"}
+    return {
+        "bootstrap_servers": settings.kafka.bootstrap_servers,
+        "client_id": "livestate",
+        **asyncio_security(settings.kafka),
+    }
 
 
 class BatchProducer:

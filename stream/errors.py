@@ -3,6 +3,7 @@
     LivestateError
     ├── SettingsError        a setting is wrong: name, value, what would do
     ├── BrokerError          the broker cannot be reached, or refuses
+    │   ├── SecurityError    broker and client do not trust each other; what to check
     │   ├── TopicError       a topic is missing or has the wrong shape
     │   └── Fenced           another process took over this role; this one must stop
     ├── RecordError          one record from a topic is unusable; it belongs in dead-letters
@@ -23,6 +24,7 @@ __all__ = [
     "LivestateError",
     "ParametersError",
     "RecordError",
+    "SecurityError",
     "SettingsError",
     "StoreError",
     "TopicError",
@@ -45,6 +47,10 @@ class BrokerError(LivestateError):
     """The broker cannot be reached, or refuses a request."""
 
     exit_code = 3
+
+
+class SecurityError(BrokerError):
+    """The broker does not let this client in, or the client does not trust the broker; waiting is of no use."""
 
 
 class TopicError(BrokerError):

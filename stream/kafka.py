@@ -24,8 +24,9 @@ from confluent_kafka.admin import (
     ResourceType,
 )
 
-from stream.errors import BrokerError, TopicError
+from stream.errors import BrokerError, SecurityError, TopicError
 from stream.partitioner import murmur2, partition_of, partitions_of
+from stream.security import librdkafka_security, refusal
 from stream.settings import Kafka, Settings
 
 __all__ = [
@@ -143,9 +144,28 @@ def metadata(kafka: Kafka, timeout_s: float) -> Cluster:
 
     Raises
     ------
+    SecurityError: the broker and this client do not trust each other.
     BrokerError: no answer within `timeout_s`; names the address and the last reason given.
     """
-    return _metadata(_base_config(kafka), timeout_s)
+    errors: list[KafkaError] = []
+    # What goes wrong is in the error raised; a line in the log for each attempt to connect would say no more.
+    admin = AdminClient({**_base_config(kafka), "log_level": 0, "error_cb": errors.append})
+    try:
+        answer: ClusterMetadata = admin.list_topics(timeout=timeout_s)
+    except KafkaException as error:
+        # The reason (refused, wrong password) comes by callback; the call itself only says that it failed.
+        while admin.poll(0.05):
+            pass
+        refused = refusal(kafka, errors)
+        if refused is not None:
+            raise SecurityError(f"{kafka.bootstrap_servers}: {refused}") from error
+        reason = errors[-1].str() if errors else error.args[0].str()
+        raise BrokerError(f"no answer from {kafka.bootstrap_servers} within {timeout_s:g} s: {reason}") from error
+    return Cluster(
+        answer.cluster_id,
+        tuple(f"{broker.host}:{broker.port}" for broker in answer.brokers.values()),
+        {name: len(topic.partitions) for name, topic in answer.topics.items() if topic.error is None},
+    )
 
 
 def wait_until_reachable(settings: Settings, timeout_s: float = 30.0) -> Cluster:
@@ -153,13 +173,17 @@ def wait_until_reachable(settings: Settings, timeout_s: float = 30.0) -> Cluster
 
     Raises
     ------
+    SecurityError: the broker does not let this client in, and will not later.
     BrokerError: it did not within `timeout_s`; names the address, how long was waited, and what to check.
     """
     deadline = time.monotonic() + timeout_s
+    attempt_s = 1.0
     while True:
         left = deadline - time.monotonic()
         try:
-            return metadata(settings.kafka, max(0.1, min(left, 5.0)))
+            return metadata(settings.kafka, max(0.1, min(left, attempt_s)))
+        except SecurityError:
+            raise
         except BrokerError as error:
             if deadline - time.monotonic() <= 0:
                 raise BrokerError(
@@ -168,6 +192,7 @@ def wait_until_reachable(settings: Settings, timeout_s: float = 30.0) -> Cluster
                     f"check that the broker runs, that the address is its advertised listener, "
                     f"and that security settings match"
                 ) from error
+        attempt_s = min(2 * attempt_s, 5.0)
         time.sleep(0.05)
 
 
@@ -259,31 +284,16 @@ def ensure_topics(settings: Settings, create: bool, timeout_s: float = REQUEST_T
 
 
 def _base_config(kafka: Kafka) -> dict[str, Any]:
-    return {"bootstrap.servers": kafka.bootstrap_servers, "logger": logger, "error_cb": _note_error}
+    return {
+        "bootstrap.servers": kafka.bootstrap_servers,
+        "logger": logger,
+        "error_cb": _note_error,
+        **librdkafka_security(kafka),
+    }
 
 
 def _note_error(error: KafkaError) -> None:
     logger.warning("%s: %s", error.name(), error.str())
-
-
-def _metadata(config: dict[str, Any], timeout_s: float) -> Cluster:
-    reasons: list[str] = []
-    # What goes wrong is in the error raised; a line in the log for each attempt to connect would say no more.
-    quiet: dict[str, Any] = {"log_level": 0, "error_cb": lambda error: reasons.append(error.str())}
-    admin = AdminClient({**config, **quiet})
-    try:
-        answer: ClusterMetadata = admin.list_topics(timeout=timeout_s)
-    except KafkaException as error:
-        # The reason (refused, wrong password) comes by callback; the call itself only says that it failed.
-        while admin.poll(0.05):
-            pass
-        reason = reasons[-1] if reasons else error.args[0].str()
-        raise BrokerError(f"no answer from {config['bootstrap.servers']} within {timeout_s:g} s: {reason}") from error
-    return Cluster(
-        answer.cluster_id,
-        tuple(f"{broker.host}:{broker.port}" for broker in answer.brokers.values()),
-        {name: len(topic.partitions) for name, topic in answer.topics.items() if topic.error is None},
-    )
 
 
 def _check_names(plans: list[TopicPlan]) -> None:

@@ -70,6 +70,22 @@ class Kafka(_Section, frozen=True):
     #: Whether the group knows a worker by its `worker.data_dir`, so that one that died and is started again has its
     #: partitions back at once rather than after `session_timeout_s`.
     static_membership: bool = True
+    #: Whether connections are encrypted (`SSL`), and whether the broker asks for a password (`SASL`).
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    #: SASL: how the password is shown. `PLAIN` sends it as it is, which anybody on the way can read without `SASL_SSL`.
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
+    #: SASL: who this is.
+    sasl_username: str | None = None
+    #: SASL: a file of one line, the password.
+    sasl_password_file: str | None = None
+    #: SSL: certificates of the authorities that may vouch for a broker, PEM; by default the system's.
+    ssl_ca_file: str | None = None
+    #: SSL: this client's certificate, PEM, where the broker asks for one.
+    ssl_certificate_file: str | None = None
+    #: SSL: its private key, PEM.
+    ssl_key_file: str | None = None
+    #: SSL: a file of one line, the key's password, if it has one.
+    ssl_key_password_file: str | None = None
     #: Codec of what workers and trainer write.
     compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = "lz4"
 
@@ -378,7 +394,15 @@ def _explain(tree: dict[str, Any], error: msgspec.ValidationError, source: str) 
         section = ".".join(names) or "top level"
         accepted = _accepted_names(names)
         return f"{source}: {section}: {text}" + (f"; accepted: {', '.join(accepted)}" if accepted else "")
-    return f"{source}: {'.'.join(names)} = {value!r}: {text[0].lower()}{text[1:]}"
+    return f"{source}: {'.'.join(names)} = {value!r}: {text[0].lower()}{text[1:]}{_choices(names)}"
+
+
+def _choices(names: list[str]) -> str:
+    """What a setting may be, where that is a few words; msgspec does not say."""
+    kind: Any = Settings
+    for name in names:
+        kind = _member(kind, name)
+    return f"; expected one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else ""
 
 
 def _refused_key(section: dict[str, Any], kind: Any) -> str:
@@ -431,7 +455,8 @@ def _override(tree: dict[str, Any], variable: str, raw: str) -> None:
             try:
                 at[name] = msgspec.convert(raw, inner, strict=False)
             except msgspec.ValidationError as error:
-                raise SettingsError(f"environment variable {variable}={raw!r}: {error}") from error
+                choices = _choices([*path[:-1], name])
+                raise SettingsError(f"environment variable {variable}={raw!r}: {error}{choices}") from error
         else:
             at = at.setdefault(name, {})
             kind = inner
@@ -442,6 +467,7 @@ def _refuse(name: str, value: object, accepted: object) -> None:
 
 
 def _check_references(settings: Settings) -> None:
+    _check_kafka(settings.kafka)
     for modality_name, modality in settings.modalities.items():
         for field_name, field in modality.fields.items():
             _check_field(f"modalities.{modality_name}.fields.{field_name}", field)
@@ -484,6 +510,29 @@ def _check_ttls(settings: Settings) -> None:
             _refuse(
                 name, ttl_s, f"at most four years ({_TTL_SPREAD_S} s) above the shortest time to live, {shortest} s"
             )
+
+
+def _check_kafka(kafka: Kafka) -> None:
+    """Each setting of security where it has an effect, and all those that belong together."""
+    protocol = kafka.security_protocol
+    for part, names in (
+        ("SASL", ("sasl_username", "sasl_password_file")),
+        ("SSL", ("ssl_ca_file", "ssl_certificate_file", "ssl_key_file", "ssl_key_password_file")),
+    ):
+        for name in names:
+            value = getattr(kafka, name)
+            if part not in protocol and value is not None:
+                _refuse(f"kafka.{name}", value, f"nothing with kafka.security_protocol = {protocol!r}")
+            if value == "" or (part == "SASL" and part in protocol and value is None):
+                what = "a name" if name.endswith("username") else "the path of a file"
+                _refuse(f"kafka.{name}", value, f"{what} with kafka.security_protocol = {protocol!r}")
+    for name, needed in (
+        ("ssl_certificate_file", "ssl_key_file"),
+        ("ssl_key_file", "ssl_certificate_file"),
+        ("ssl_key_password_file", "ssl_key_file"),
+    ):
+        if getattr(kafka, name) is not None and getattr(kafka, needed) is None:
+            _refuse(f"kafka.{needed}", None, f"the path of a file, as kafka.{name} is set")
 
 
 def _check_field(name: str, field: Field) -> None:

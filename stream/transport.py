@@ -24,15 +24,26 @@ import faust
 from aiokafka.consumer.fetcher import READ_COMMITTED, Fetcher, FetchError
 from aiokafka.errors import ConsumerStoppedError, IllegalStateError
 from aiokafka.record.memory_records import MemoryRecords
+from faust.auth import SASLCredentials, SSLCredentials
 from faust.transport.consumer import RecordMap
 from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread, Consumer, Transport
 from faust.types import TP, ConsumerMessage
 
 from stream.errors import BrokerError
+from stream.security import asyncio_security
+from stream.settings import Kafka
 from stream.wire import RecordBlock
 from stream.wire.record_reader import RecordReader, load_kernels
 
-__all__ = ["EVENTS_ISOLATION", "BlockConsumer", "BlockFetcher", "BlockSchema", "BlockTransport", "FetchedBlock"]
+__all__ = [
+    "EVENTS_ISOLATION",
+    "BlockConsumer",
+    "BlockFetcher",
+    "BlockSchema",
+    "BlockTransport",
+    "FetchedBlock",
+    "broker_credentials",
+]
 
 #: Events of transactions that were aborted never happened.
 EVENTS_ISOLATION = "read_committed"
@@ -348,3 +359,16 @@ class BlockTransport(Transport):
     """Faust transport whose consumer is a `BlockConsumer`."""
 
     Consumer: ClassVar[type[Consumer]] = BlockConsumer
+
+
+def broker_credentials(kafka: Kafka) -> Any:
+    """Faust's `broker_credentials`; None where connections are neither encrypted nor asked for a password."""
+    security = asyncio_security(kafka)
+    if "sasl_mechanism" in security:
+        return SASLCredentials(
+            username=security["sasl_plain_username"],
+            password=security["sasl_plain_password"],
+            mechanism=security["sasl_mechanism"],
+            ssl_context=security.get("ssl_context"),
+        )
+    return SSLCredentials(security["ssl_context"]) if "ssl_context" in security else None

@@ -40,7 +40,7 @@ from stream.renewal import Renewal
 from stream.restore import restore_partition, store_options
 from stream.settings import Settings
 from stream.store import PackedKeys
-from stream.transport import BlockConsumer, BlockSchema, BlockTransport, FetchedBlock
+from stream.transport import BlockConsumer, BlockSchema, BlockTransport, FetchedBlock, broker_credentials
 from stream.versions import Versions
 from stream.warmup import warm_up
 from stream.wire import EmbeddingEncoder, EventDecoder, Schema
@@ -113,6 +113,7 @@ class Worker:
         app = _App(
             f"{settings.kafka.group}-workers",
             broker=f"kafka://{servers}",
+            broker_credentials=broker_credentials(settings.kafka),
             broker_max_poll_records=settings.worker.batch_records,
             broker_session_timeout=settings.kafka.session_timeout_s,
             broker_heartbeat_interval=settings.kafka.session_timeout_s / 5.0,

@@ -26,6 +26,32 @@ def test_the_shipped_examples_are_accepted(path: Path) -> None:
         ("[worker]\ncheckpoint_interval_s = 0.0", "worker.checkpoint_interval_s", "0.0", "> 0"),
         ("[worker]\nhttp_prt = 1", "worker", "http_prt", "accepted: batch_records"),
         ('[topics]\nevents = "with space"', "topics.events", "'with space'", "matching regex"),
+        (
+            '[kafka]\nsecurity_protocol = "TLS"',
+            "kafka.security_protocol",
+            "'TLS'",
+            "expected one of PLAINTEXT, SSL, SASL_",
+        ),
+        ('[kafka]\nsasl_username = "a"', "kafka.sasl_username", "'a'", "kafka.security_protocol = 'PLAINTEXT'"),
+        ('[kafka]\nssl_ca_file = "a"', "kafka.ssl_ca_file", "'a'", "kafka.security_protocol = 'PLAINTEXT'"),
+        (
+            '[kafka]\nsecurity_protocol = "SASL_SSL"\nsasl_username = "a"',
+            "kafka.sasl_password_file",
+            "None",
+            "the path of a file",
+        ),
+        (
+            '[kafka]\nsecurity_protocol = "SASL_SSL"\nsasl_password_file = "a"',
+            "kafka.sasl_username",
+            "None",
+            "a name with kafka.security_protocol = 'SASL_SSL'",
+        ),
+        (
+            '[kafka]\nsecurity_protocol = "SSL"\nssl_certificate_file = "a"',
+            "kafka.ssl_key_file",
+            "None",
+            "as kafka.ssl_certificate_file is set",
+        ),
         ("[store]\nmin_rows = 100\nmax_rows = 64", "store.min_rows", "100", "at most store.max_rows = 64"),
         ('[tasks.x]\non = "visit"', "tasks.x.on", "'visit'", "['offer', 'pay']"),
         ('[tasks.x]\non = "pay"\ninputs = ["note"]', "tasks.x.inputs", "'note'", "a number field of pay"),
@@ -117,6 +143,7 @@ def test_the_environment_overrides_the_file() -> None:
         ("LIVESTATE_WORKER__PORT", "1", "there is no setting 'worker.port'; accepted here: batch_records"),
         ("LIVESTATE_WORKER__HTTP_PORT", "many", "Expected `int`"),
         ("LIVESTATE_WORKER__HTTP_PORT", "70000", "<= 65535"),
+        ("LIVESTATE_KAFKA__SASL_MECHANISM", "SCRAM", "expected one of PLAIN, SCRAM-SHA-256, SCRAM-SHA-512"),
     ],
 )
 def test_a_wrong_environment_variable_is_refused_by_name(variable: str, value: str, expected: str) -> None:

@@ -9,6 +9,7 @@ import subprocess
 from typing import Any
 
 import pytest
+import yaml
 
 from stream.cli import EXAMPLE
 from stream.settings import ENVIRONMENT_PREFIX, load
@@ -135,6 +136,21 @@ def test_no_secret_is_in_the_environment() -> None:
     )
     ignored = (ROOT / "deploy/secrets/.gitignore").read_text().split()
     assert ignored == ["*", "!.gitignore"]
+
+
+def test_secrets_of_a_broker_are_passed_by_file() -> None:
+    # Given the lines that deploy/README.md adds for a broker that asks for a password
+    text = (ROOT / "deploy/README.md").read_text()
+    found = re.search(r"```yaml\n(secrets:.*?)```", text, re.DOTALL)
+    assert found is not None
+    added = yaml.safe_load(found[1])
+    # When they are read as settings
+    settings = load(EXAMPLE, {**SERVICES["worker-1"]["environment"], **added["x-livestate"]["environment"]})
+    # Then every file in them is a secret that is declared and lies where git does not look
+    files = [settings.kafka.sasl_password_file, settings.kafka.ssl_ca_file]
+    assert files == [f"/run/secrets/{name}" for name in added["x-livestate"]["secrets"]]
+    assert list(added["secrets"]) == added["x-livestate"]["secrets"]
+    assert all(secret["file"].startswith("./deploy/secrets/") for secret in added["secrets"].values())
 
 
 def test_images_have_versions() -> None:

@@ -44,7 +44,7 @@ class System:
         self.layout = Layout.compile(self.settings, Schema.compile(self.settings))
         self.parameters: ParameterSet = random_trunk(self.layout)
         self._rng = np.random.default_rng(5)
-        self._clock_ms = 1_600_000_000_000
+        self.clock_ms = 1_600_000_000_000
         self.published = 0
         self._producer = Producer(producer_config(self.settings))
 
@@ -69,8 +69,8 @@ class System:
         rng = self._rng
         for _ in range(events):
             client = f"client-{min(int(rng.zipf(1.4)), clients)}"
-            self._clock_ms += int(rng.integers(0, 2000))
-            at = self._clock_ms - (int(rng.integers(0, 60_000)) if rng.random() < 0.1 else 0)
+            self.clock_ms += int(rng.integers(0, 2000))
+            at = self.clock_ms - (int(rng.integers(0, 60_000)) if rng.random() < 0.1 else 0)
             if rng.random() < 0.2:
                 value = encode_event(client, at, "offer", {"product": str(rng.choice(["loan", "card", "other"]))})
             else:

@@ -16,10 +16,10 @@ import urllib.request
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from urllib.parse import quote
+from typing import Any
 
-from stream.errors import BrokerError, DataError, LivestateError
-from stream.settings import Settings, load
+from stream.errors import BrokerError, DataError, LivestateError, SettingsError
+from stream.settings import Settings, Worker, load
 
 __all__ = ["add_settings", "configure_logging", "main", "settings_of"]
 
@@ -90,11 +90,13 @@ def _register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     topics.add_argument("--create", action="store_true", help="create the missing ones")
     topics.set_defaults(run=_topics)
 
-    get = commands.add_parser("get", help="read a client's live embedding", epilog="example: livestate get 1228 --json")
+    get = commands.add_parser(
+        "get", help="read clients' live embeddings and predictions", epilog="example: livestate get 1228 900 --json"
+    )
     add_settings(get)
-    get.add_argument("client_id")
-    get.add_argument("--worker", metavar="URL", help="a worker's address (default: from the settings)")
-    get.add_argument("--json", action="store_true", help="print the whole answer as JSON")
+    get.add_argument("client_ids", nargs="+", metavar="CLIENT_ID", help="up to 1,000")
+    get.add_argument("--worker", metavar="URL", help="any worker's address (default: from the settings)")
+    get.add_argument("--json", action="store_true", help="print the whole answer, one JSON object for each client")
     get.set_defaults(run=_get)
 
 
@@ -121,28 +123,62 @@ def _topics(options: argparse.Namespace) -> int:
 
 def _get(options: argparse.Namespace) -> int:
     settings = settings_of(options)
-    base = options.worker or f"http://{settings.worker.http_host}:{settings.worker.http_port}"
-    url = f"{base.rstrip('/')}/v1/clients/{quote(options.client_id, safe='')}"
+    answer = _ask_worker(settings.worker, options.worker, {"client_ids": options.client_ids})
+    for view in answer["clients"]:
+        print(json.dumps(view) if options.json else _described(view))
+    if answer["missing"]:
+        raise DataError("no state of " + ", ".join(f"client {client_id!r}" for client_id in answer["missing"]))
+    return 0
+
+
+def _ask_worker(worker: Worker, address: str | None, question: dict[str, Any]) -> dict[str, Any]:
+    from stream.security import http_client_tls, http_token
+
+    base = address or worker.http_advertise or _address(worker)
+    headers = {"Content-Type": "application/json"}
+    token = http_token(worker)
+    if token is not None:
+        headers["Authorization"] = f"Bearer {token}"
+    url = f"{base.rstrip('/')}/v1/clients:batchGet"
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            view = json.load(answer)
+        request = urllib.request.Request(url, json.dumps(question).encode(), headers)
+        with urllib.request.urlopen(request, timeout=30, context=http_client_tls(worker)) as answer:
+            found: dict[str, Any] = json.load(answer)
+            return found
     except urllib.error.HTTPError as error:
-        if error.code == 404:
-            raise DataError(f"client {options.client_id!r} has no state at {base}") from error
-        raise BrokerError(f"{url} answered {error.code}: {error.reason}") from error
+        if error.code == 401:
+            raise SettingsError(
+                f"{base} asks for another token than worker.http_token_file = {worker.http_token_file!r} holds"
+            ) from error
+        raise BrokerError(f"{url} answered {error.code}: {_detail(error)}") from error
     except (urllib.error.URLError, TimeoutError, ValueError) as error:
         raise BrokerError(
             f"no worker answers at {base}: {error}; is it running? give its address with --worker"
         ) from error
-    if options.json:
-        print(json.dumps(view))
-        return 0
+
+
+def _address(worker: Worker) -> str:
+    host = "127.0.0.1" if worker.http_host in ("0.0.0.0", "::", "") else worker.http_host
+    scheme = "http" if worker.http_certificate_file is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{worker.http_port}"
+
+
+def _detail(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.load(error)["detail"])
+    except (ValueError, KeyError, TypeError):
+        return error.reason
+
+
+def _described(view: dict[str, Any]) -> str:
     vector = view["vector"]
-    print(f"client {view['client_id']}: {view['events_seen']} events")
-    print(f"last event: {view['timestamp_ms']} ms UTC, offset {view['offset']}")
-    print(f"parameters: version {view['parameter_version']}")
-    print(f"vector ({len(vector)}): " + " ".join(f"{x:+.3f}" for x in vector[:8]) + (" …" if len(vector) > 8 else ""))
-    return 0
+    lines = [
+        f"client {view['client_id']}: {view['events_seen']} events",
+        f"last event: {view['timestamp_ms']} ms UTC, {view['age_s']:,.0f} s ago, offset {view['offset']}",
+        f"parameters: version {view['parameter_version']}",
+        f"vector ({len(vector)}): " + " ".join(f"{x:+.3f}" for x in vector[:8]) + (" …" if len(vector) > 8 else ""),
+    ]
+    return "\n".join(lines + [f"{task}: {value:.4f}" for task, value in sorted(view["predictions"].items())])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Who Livestate's Kafka clients are and whom they trust, for both client libraries from one set of settings.
+"""Who Livestate's programs are and whom they trust: its Kafka clients, of both libraries from one set of settings, and
+HTTP.
 
 Guaranteed: passwords are read from files, each time a client is made, and reach neither a log nor an error;
 certificates of brokers are verified, their host names too, wherever TLS is on. `refusal` tells a broker that will
@@ -18,9 +19,16 @@ from typing import Any
 from confluent_kafka import KafkaError
 
 from stream.errors import SettingsError
-from stream.settings import Kafka
+from stream.settings import Kafka, Worker
 
-__all__ = ["asyncio_security", "librdkafka_security", "refusal"]
+__all__ = [
+    "asyncio_security",
+    "http_client_tls",
+    "http_server_tls",
+    "http_token",
+    "librdkafka_security",
+    "refusal",
+]
 
 _PROBE_TIMEOUT_S = 2.0
 _API_METADATA, _METADATA_VERSION = 3, 4
@@ -47,7 +55,7 @@ def librdkafka_security(kafka: Kafka) -> dict[str, Any]:
         }
         config |= {name: path for name, path in files.items() if path is not None}
         if kafka.ssl_key_password_file is not None:
-            config["ssl.key.password"] = _secret("ssl_key_password_file", kafka.ssl_key_password_file)
+            config["ssl.key.password"] = _secret("kafka.ssl_key_password_file", kafka.ssl_key_password_file)
     if "SASL" in kafka.security_protocol:
         config["sasl.mechanism"] = kafka.sasl_mechanism
         config["sasl.username"] = kafka.sasl_username
@@ -107,6 +115,53 @@ def refusal(kafka: Kafka, errors: Sequence[KafkaError]) -> str | None:
         if found is not None:
             return found
     return None
+
+
+def http_server_tls(worker: Worker) -> ssl.SSLContext | None:
+    """What a worker's HTTP server speaks TLS with; None where it does not.
+
+    Raises
+    ------
+    SettingsError: a file that the settings name cannot be used.
+    """
+    if worker.http_certificate_file is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(worker.http_certificate_file, worker.http_key_file, lambda: "")
+    except (OSError, ssl.SSLError) as error:
+        raise SettingsError(
+            f"worker.http_certificate_file = {worker.http_certificate_file!r} with worker.http_key_file = "
+            f"{worker.http_key_file!r}: {_reason(error)}; expected a certificate and its private key in PEM, without "
+            f"a password"
+        ) from error
+    return context
+
+
+def http_client_tls(worker: Worker) -> ssl.SSLContext:
+    """How other workers are verified.
+
+    Raises
+    ------
+    SettingsError: a file that the settings name cannot be used.
+    """
+    return _trusting("worker.http_ca_file", worker.http_ca_file)
+
+
+def http_token(worker: Worker) -> str | None:
+    """The bearer token that questions have to carry, if any.
+
+    Raises
+    ------
+    SettingsError: its file cannot be used.
+    """
+    path = worker.http_token_file
+    if path is None:
+        return None
+    token = _secret("worker.http_token_file", path)
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise SettingsError(f"worker.http_token_file = {path!r}: expected printable ASCII without blanks")
+    return token
 
 
 def _closed_by(kafka: Kafka, address: str) -> str | None:
@@ -173,7 +228,7 @@ def _ask(connection: socket.socket, api: int, version: int, body: bytes) -> None
 
 def _password(kafka: Kafka) -> str:
     assert kafka.sasl_password_file is not None, "checked with the settings"
-    return _secret("sasl_password_file", kafka.sasl_password_file)
+    return _secret("kafka.sasl_password_file", kafka.sasl_password_file)
 
 
 def _secret(name: str, path: str) -> str:
@@ -182,24 +237,19 @@ def _secret(name: str, path: str) -> str:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise SettingsError(f"kafka.{name} = {path!r}: {why}; expected a file with the password in it") from error
+        raise SettingsError(f"{name} = {path!r}: {why}; expected a file with the secret in it") from error
     lines = text.splitlines()
     if len(lines) != 1 or not lines[0]:
-        raise SettingsError(f"kafka.{name} = {path!r}: expected a file of one line, the password; it has {len(lines)}")
+        raise SettingsError(f"{name} = {path!r}: expected a file of one line, the secret; it has {len(lines)}")
     return lines[0]
 
 
 def _ssl_context(kafka: Kafka) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=kafka.ssl_ca_file)
-    except (OSError, ssl.SSLError) as error:
-        raise SettingsError(
-            f"kafka.ssl_ca_file = {kafka.ssl_ca_file!r}: {_reason(error)}; expected a file of certificates in PEM"
-        ) from error
+    context = _trusting("kafka.ssl_ca_file", kafka.ssl_ca_file)
     if kafka.ssl_certificate_file is not None:
         # Without a password OpenSSL would ask the terminal for one.
         path = kafka.ssl_key_password_file
-        password = _secret("ssl_key_password_file", path) if path is not None else ""
+        password = _secret("kafka.ssl_key_password_file", path) if path is not None else ""
         try:
             context.load_cert_chain(kafka.ssl_certificate_file, kafka.ssl_key_file, lambda: password)
         except (OSError, ssl.SSLError) as error:
@@ -209,6 +259,15 @@ def _ssl_context(kafka: Kafka) -> ssl.SSLContext:
                 f"kafka.ssl_key_password_file = {path!r} to hold the key's password, if it has one"
             ) from error
     return context
+
+
+def _trusting(name: str, ca_file: str | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise SettingsError(
+            f"{name} = {ca_file!r}: {_reason(error)}; expected a file of certificates in PEM"
+        ) from error
 
 
 def _reason(error: OSError) -> str:

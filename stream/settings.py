@@ -276,6 +276,21 @@ class Worker(_Section, frozen=True):
     http_host: str = "127.0.0.1"
     #: Its port; 0 takes any free one.
     http_port: Port = 6066
+    #: Base URL at which the other workers reach it, such as `http://worker-1:6066`; by default made of the host, or of
+    #: this machine's name where the host is every address, and the port.
+    http_advertise: Annotated[str, Meta(pattern=r"^https?://[^/?#\s]+/?$")] | None = None
+    #: What a worker does with a question for one client of another worker: ask it (`proxy`) or name it (`redirect`).
+    http_routing: Literal["proxy", "redirect"] = "proxy"
+    #: How long a question waits for a client whose partition changes hands.
+    http_timeout_s: Seconds = 5.0
+    #: A file of one line, the bearer token that questions under `/v1` have to carry; the same for all workers.
+    http_token_file: str | None = None
+    #: The server's certificate, PEM: HTTP speaks TLS. It has to hold for the address at which others reach the worker.
+    http_certificate_file: str | None = None
+    #: Its private key, PEM, without a password.
+    http_key_file: str | None = None
+    #: Certificates of the authorities that may vouch for other workers, PEM; by default the system's.
+    http_ca_file: str | None = None
     #: How long to wait for confirmations, and for the group, when it is told to stop.
     stop_timeout_s: Seconds = 30.0
 
@@ -468,6 +483,7 @@ def _refuse(name: str, value: object, accepted: object) -> None:
 
 def _check_references(settings: Settings) -> None:
     _check_kafka(settings.kafka)
+    _check_http(settings.worker)
     for modality_name, modality in settings.modalities.items():
         for field_name, field in modality.fields.items():
             _check_field(f"modalities.{modality_name}.fields.{field_name}", field)
@@ -533,6 +549,17 @@ def _check_kafka(kafka: Kafka) -> None:
     ):
         if getattr(kafka, name) is not None and getattr(kafka, needed) is None:
             _refuse(f"kafka.{needed}", None, f"the path of a file, as kafka.{name} is set")
+
+
+def _check_http(worker: Worker) -> None:
+    certificate, key = worker.http_certificate_file, worker.http_key_file
+    if (certificate is None) != (key is None):
+        name, other = ("http_key_file", "http_certificate_file")
+        if certificate is None:
+            name, other = other, name
+        _refuse(f"worker.{name}", None, f"the path of a file, as worker.{other} is set")
+    if worker.http_advertise is not None and certificate is not None and worker.http_advertise.startswith("http:"):
+        _refuse("worker.http_advertise", worker.http_advertise, "an https URL, as worker.http_certificate_file is set")
 
 
 def _check_field(name: str, field: Field) -> None:

@@ -22,7 +22,9 @@ import faust
 import torch
 from faust.types import TP
 
+from stream.addresses import AddressAssignor
 from stream.allocator import keep_freed_memory
+from stream.clients import Clients
 from stream.errors import BrokerError, Fenced, LivestateError, StoreError
 from stream.kafka import ensure_topics, wait_until_reachable
 from stream.membership import Membership, leave_for_good
@@ -33,11 +35,11 @@ from stream.outputs import Outputs
 from stream.owned import OwnedPartition
 from stream.parameter_log import ParameterReader
 from stream.partition import Applied, Partition, Served, Serving
-from stream.partitioner import partition_of
-from stream.query import ClientView, Health, QueryServer
+from stream.query import Health, QueryServer
 from stream.rebuild import Rebuild
 from stream.renewal import Renewal
 from stream.restore import restore_partition, store_options
+from stream.routing import Router
 from stream.settings import Settings
 from stream.store import PackedKeys
 from stream.transport import BlockConsumer, BlockSchema, BlockTransport, FetchedBlock, broker_credentials
@@ -52,6 +54,7 @@ logger = logging.getLogger(__name__)
 #: For the broker to confirm a checkpoint.
 CHECKPOINT_TIMEOUT_S = 60.0
 _SWEEP_INTERVAL_S = 0.1
+_MOVED_INTERVAL_S = 1.0
 _SWEEP_BUDGET_MS = 4.0
 
 
@@ -98,11 +101,10 @@ class Worker:
         )
         self.app = self._make_app()
         self._query = QueryServer(
-            settings.worker.http_host,
-            settings.worker.http_port,
+            settings,
             self.metrics.registry,
             self.health,
-            self.view,
+            Router(settings, Clients(self._owned, settings), self._address_of),
         )
 
     # ---------------------------------------------------------------- the Faust app
@@ -130,6 +132,7 @@ class Worker:
             web_enabled=False,
             store="memory://",
             datadir=str(Path(settings.worker.data_dir) / "faust"),
+            PartitionAssignor=AddressAssignor,
         )
         events = app.topic(settings.topics.events, schema=BlockSchema(), acks=False)
 
@@ -428,25 +431,29 @@ class Worker:
                 "parameter_version": self._versions.applied or None,
                 "rebuilding": [number for number, _ in self._versions.outdated()],
                 "positions": {str(n): o.partition.position for n, o in sorted(self._owned.items())},
+                "lag": {str(n): self._lag(n, o) for n, o in sorted(self._owned.items())},
+                "owners": {str(n): self._address_of(n) for n in range(self.settings.topics.partitions)},
+                "trunk": None if self._versions.serving is None else self._versions.serving.latest.engine.trunk_id,
             },
         )
 
-    def view(self, client_id: bytes) -> ClientView | None:
-        """A client's row as it is now; None if this worker has none."""
-        owned = self._owned.get(partition_of(client_id, self.settings.topics.partitions))
-        if owned is None:
-            return None
-        found = owned.partition.store.lookup(PackedKeys.from_list([client_id]))
-        if not found.found[0]:
-            return None
-        return ClientView(
-            client_id=client_id.decode(),
-            events_seen=int(found.events_seen[0]),
-            timestamp_ms=int(found.last_event_ms[0]),
-            offset=int(found.applied_offset[0]),
-            parameter_version=owned.served.version,
-            vector=owned.served.vectors(found.vectors, found.last_event_ms)[0],
-        )
+    def _address_of(self, partition: int) -> str | None:
+        address: str | None = self.app.assignor.address_of(self.settings.topics.events, partition)
+        return address
+
+    def _lag(self, number: int, owned: OwnedPartition) -> int | None:
+        end = self._consumer.highwater_or_none(TP(self.settings.topics.events, number))
+        return None if end is None else max(0, end - owned.partition.position)
+
+    async def _tell_address(self) -> None:
+        """Join the group again where it knows this worker by the address of a former life."""
+        while True:
+            await asyncio.sleep(_MOVED_INTERVAL_S)
+            # Asked for until it has happened: a request that comes while the group is being joined is forgotten.
+            if self.app.assignor.has_moved:
+                logger.debug("the group is told of this worker's new address %s", self._query.address)
+                thread = self._consumer._thread
+                thread.thread_loop.call_soon_threadsafe(thread._consumer._coordinator.request_rejoin)
 
     # ---------------------------------------------------------------- life
 
@@ -464,6 +471,7 @@ class Worker:
         self.app.finalize()
         self._parameters.start()
         await self._query.start()
+        self.app.conf.canonical_url = self._query.address
         self._warming = asyncio.create_task(self._warm_up())
         checkpoints = asyncio.create_task(self._checkpoint_regularly())
         background = [
@@ -471,6 +479,7 @@ class Worker:
             asyncio.create_task(self._versions.follow()),
             asyncio.create_task(self._sweep_regularly()),
             asyncio.create_task(self._renewal.run()),
+            asyncio.create_task(self._tell_address()),
         ]
         try:
             await self.app.maybe_start()

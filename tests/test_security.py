@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from stream.errors import SettingsError
-from stream.security import asyncio_security, librdkafka_security
-from stream.settings import Kafka
+from stream.security import asyncio_security, http_client_tls, http_server_tls, http_token, librdkafka_security
+from stream.settings import Kafka, Worker
 from tests.support.secured import new_authority
 
 
@@ -88,3 +88,26 @@ def test_certificates_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         (client(password=None), "kafka.ssl_key_password_file = None"),
     ]:
         assert said in refused(kafka)
+
+
+@pytest.mark.parametrize("text", ["", "two\nlines\n", "with blanks\n", "ünï\n"])
+def test_a_token_that_no_header_can_carry_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "token"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match=r"worker\.http_token_file = '.*': expected") as error:
+        http_token(Worker(http_token_file=str(path)))
+    assert "blanks\n" not in str(error.value)
+
+
+def test_files_of_http_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    # Given an authority, and a certificate whose key has a password
+    authority = new_authority(tmp_path)
+    mine = authority.issue("mine", key_password="secret")
+    assert http_server_tls(Worker()) is None
+    assert http_token(Worker()) is None
+    # When files do not fit, then they are named; nobody is asked for a password at the terminal
+    for key in (mine.key, authority.key, tmp_path / "nothing"):
+        with pytest.raises(SettingsError, match=r"worker\.http_key_file = '"):
+            http_server_tls(Worker(http_certificate_file=str(mine.certificate), http_key_file=str(key)))
+    with pytest.raises(SettingsError, match=r"worker\.http_ca_file = '"):
+        http_client_tls(Worker(http_ca_file=str(tmp_path / "nothing")))

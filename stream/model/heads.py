@@ -57,6 +57,17 @@ class LogisticHead:
         logits = standardise(inputs, self._center, self._scale) @ self._weight
         return sigmoid(logits).astype(np.float32)
 
+    def predict_typical(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(k,) probabilities for rows with features (k, R), as if an event came now with fields like the average one's.
+
+        What a head sees of the event is the rest of its inputs, which are zero where they are at their center.
+        """
+        rows = features.shape[1]
+        logits = standardise(features, self._center[:rows], self._scale[:rows]) @ np.append(
+            self._weight[:rows], self._weight[-1]
+        )
+        return sigmoid(logits).astype(np.float32)
+
 
 def head_tensors(
     task: str, center: NDArray[np.float64], scale: NDArray[np.float64], weight: NDArray[np.float64]

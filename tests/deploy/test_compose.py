@@ -99,10 +99,18 @@ def test_a_stop_leaves_time_for_the_last_checkpoint(name: str) -> None:
     assert seconds(SERVICES[name]["stop_grace_period"]) >= longest + 20.0
 
 
-def test_there_are_two_workers_that_differ_only_in_port_and_volume() -> None:
+def test_there_are_two_workers_that_differ_only_in_name_port_and_volume() -> None:
     assert WORKERS == ["worker-1", "worker-2"]
-    first, second = ({**SERVICES[name], "ports": None, "volumes": None} for name in WORKERS)
+    first, second = ({**SERVICES[name], "hostname": None, "ports": None, "volumes": None} for name in WORKERS)
     assert first == second
+
+
+@pytest.mark.parametrize("name", WORKERS)
+def test_a_worker_is_known_to_the_others_by_its_services_name(name: str) -> None:
+    # It listens on every address, and then tells the others the machine's name.
+    settings = load(EXAMPLE, SERVICES[name]["environment"])
+    assert (settings.worker.http_host, settings.worker.http_advertise) == ("0.0.0.0", None)
+    assert SERVICES[name]["hostname"] == name
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -11,7 +11,7 @@ from stream.model.engine import Engine
 from stream.model.layout import Layout
 from stream.settings import parse
 from stream.wire import EventDecoder, RecordBlock, Schema, decode_embedding
-from tests.bench import throughput
+from tests.bench import http, throughput
 from tests.bench.support.stock import Step
 from tests.bench.support.workload import EPOCH_MS, Workload, random_parameters, settings_text
 from tests.support.truth import PlainRows
@@ -75,3 +75,12 @@ def test_throughput_measures_worker_stock_agent_and_parts_in_one_run(capsys: pyt
     assert set(result["parts"]) == {"consume", "decode", "gru", "embeddings", "changelog"}
     assert all(speed > 0 for speed in result["parts"].values())
     assert result["worker"]["checkpoint_rounds"] >= 1
+
+
+def test_the_http_bench_tells_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    http.main(["--seconds", "0.3", "--clients", "2000", "--connections", "2"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for kind in ("worker", "bare"):
+        for name in ("one", "of_100"):
+            assert figures[f"{kind}_{name}_per_s"] > 0
+            assert figures[f"{kind}_{name}_p99_ms"] >= figures[f"{kind}_{name}_p50_ms"] > 0

@@ -10,6 +10,7 @@ broker's defaults say.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from dataclasses import dataclass
@@ -214,6 +215,9 @@ def log_range(consumer: Consumer, topic: str, partition: int, timeout_s: float =
             if left <= 0 or error.args[0].code() not in _PASSING:
                 raise
             time.sleep(0.05)
+            # What the client remembers of a partition that was not there it would answer for half a minute.
+            with contextlib.suppress(KafkaException):
+                consumer.list_topics(topic, timeout=max(0.1, min(left, 5.0)))
         else:
             return int(low), int(high)
 

@@ -43,9 +43,9 @@ def _fill(site: Site, rows: int) -> None:
         writer.begin()
     for begin in range(0, rows, _CHUNK):
         n = min(_CHUNK, rows - begin)
-        meta = np.empty((n, 3), np.int64)
-        meta[:] = (7, EPOCH_MS, 0)
-        encoded = encode_rows(meta, rng.uniform(-1, 1, (n, width)).astype(np.float32), width)
+        account = np.empty((n, 4), np.int64)
+        account[:] = (7, EPOCH_MS, 0, 0)
+        encoded = encode_rows(account, rng.uniform(-1, 1, (n, width)).astype(np.float32), width)
         keys = [f"c{i:0{digits}d}".encode() for i in range(begin, begin + n)]
         edges = np.arange(n + 1, dtype=np.int64) * (1 + digits)
         where = partitions_of(np.frombuffer(b"".join(keys), np.uint8), edges, topics.partitions)

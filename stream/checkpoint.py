@@ -35,7 +35,7 @@ __all__ = ["META_NAME", "Completed", "LocalMeta", "run_checkpoint"]
 
 #: Where the local database keeps what belongs to the partition.
 META_NAME = "partition"
-_SLICE_ROWS = 128
+_SLICE_ROWS = 512
 #: Long enough to apply what has come during a slice.
 _LONGEST_PAUSE_S = 0.002
 #: Work for each second of pause: where blocks are large a pause is as long as one takes, and slices come together.

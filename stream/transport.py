@@ -296,6 +296,12 @@ class BlockConsumer(Consumer):
     def _new_consumer_thread(self) -> AIOKafkaConsumerThread:
         return _BlockThread(self, loop=self.loop, beacon=self.beacon)
 
+    async def verify_all_partitions_active(self) -> None:
+        """Faust's regular look for partitions that stand still counts messages, which here are batches.
+
+        It also takes a consumer whose thread is still starting for a crash; lag tells what it would.
+        """
+
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, Any]]:
         """Yield one message for each partition that has records."""
         records, active = await self._wait_next_records(timeout)

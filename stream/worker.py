@@ -46,6 +46,7 @@ from stream.transport import BlockConsumer, BlockSchema, BlockTransport, Fetched
 from stream.versions import Versions
 from stream.warmup import warm_up
 from stream.wire import EmbeddingEncoder, EventDecoder, Schema
+from stream.wire.record_reader import load_kernels
 
 __all__ = ["CHECKPOINT_TIMEOUT_S", "Worker", "run_worker"]
 
@@ -472,6 +473,8 @@ class Worker:
         self._parameters.start()
         await self._query.start()
         self.app.conf.canonical_url = self._query.address
+        # The consumer's thread needs these to start, and only one thread compiles at a time.
+        await loop.run_in_executor(self._executor, load_kernels)
         self._warming = asyncio.create_task(self._warm_up())
         checkpoints = asyncio.create_task(self._checkpoint_regularly())
         background = [

@@ -51,7 +51,7 @@ def main(directory: Path) -> None:
     year = journey.load()
     with EmbeddedBroker(directory / "broker") as broker:
         environment = {
-            "LIVESTATE_KAFKA__BOOTSTRAP_SERVERS": broker.bootstrap_servers,
+            **broker.environment,
             "LIVESTATE_WORKER__DATA_DIR": str(directory / "worker"),
             "LIVESTATE_WORKER__HTTP_PORT": str(worker_port),
             "LIVESTATE_WORKER__CHECKPOINT_INTERVAL_S": "1",

@@ -6,7 +6,7 @@ Steps, in this order, for one partition:
 2. Write them to the changelog in slices, letting events be applied between slices.
 3. Wait until every embedding and dead letter of events below the position is confirmed.
 4. Commit the changelog transaction (rows and position together). A worker that lost the partition fails here.
-5. Write the same rows, the position and the changelog's offset to the local database, in one batch.
+5. Write the same rows to the local database in slices, with the last one the position and the changelog's offset.
 6. Commit the position to the consumer group.
 
 A crash between any two steps leaves rows that are at or ahead of the committed position; each says up to which

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
 from stream.broker import ApacheBroker, Broker, EmbeddedBroker
 from stream.errors import BrokerError, Fenced
+from stream.kafka import client_config
 from stream.model.parameters import Tensor
 from stream.parameter_log import MARKER_KEY
 from tests.support.brokers import require_apache
@@ -177,3 +179,25 @@ def test_versions_survive_a_broker_that_is_killed_and_started_again(tmp_path: Pa
         assert latest is not None
         assert latest[1].version == 2
         assert bits(dict(latest[0])) == bits(tensors(0.2))
+
+
+def test_a_version_that_the_broker_refuses_is_not_published(apache_broker: Broker, tmp_path: Path) -> None:
+    # Given a log that takes small records only
+    shop = LiveShop(apache_broker, tmp_path)
+    topic = shop.settings.topics.parameters
+    limit = ConfigEntry("max.message.bytes", "2000", incremental_operation=AlterConfigOpType.SET)
+    resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[limit])
+    admin = AdminClient(client_config(shop.settings))
+    admin.incremental_alter_configs([resource])[resource].result(30)
+    publisher = Publisher(shop.settings)
+    publisher.publish(tensors(0.1), [], 0)
+    # When a version has a larger one among its records
+    with pytest.raises(BrokerError, match="too large"):
+        publisher.publish({**tensors(0.2), "head/large/weight": np.ones(5000)}, [], 0)
+    # Then it waits, and the log has the one before
+    assert publisher.is_waiting
+    assert publisher.version == 1
+    publisher.close()
+    latest = read_latest(shop.settings)
+    assert latest is not None
+    assert bits(dict(latest[0])) == bits(tensors(0.1))

@@ -1,25 +1,15 @@
-"""One typed settings object, read once from a TOML file and the environment, validated at the edge.
+"""The sections of a settings file: what can be told, of which type, within which bounds.
 
-Guarantees: a setting that is unknown, of the wrong type or out of range stops the program with its name, its
-value and what would be accepted; references between settings (a memory's field, a task's modality) are checked
-too. Every setting can be overridden by an environment variable: the path in capitals, its parts joined by two
-underscores, after `LIVESTATE_` (`LIVESTATE_KAFKA__BOOTSTRAP_SERVERS`).
-
-Not guaranteed: that a broker or a directory named here exists; whoever opens them says so.
+Each setting's `#:` comment is its line in the README. References between settings are checked in
+`stream.settings.checks`.
 """
 
 from __future__ import annotations
 
-import os
-import tomllib
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
-
-from stream.errors import SettingsError
 
 __all__ = [
     "Field",
@@ -36,12 +26,8 @@ __all__ = [
     "Trainer",
     "Where",
     "Worker",
-    "load",
-    "parse",
     "row_ttls",
 ]
-
-ENVIRONMENT_PREFIX = "LIVESTATE_"
 
 Count = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
@@ -49,9 +35,6 @@ Seconds = Annotated[float, Meta(gt=0)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,62}$")]
 TopicName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,249}$")]
-
-#: Most seconds between the shortest time to live of a row and the longest.
-_TTL_SPREAD_S = 4 * 365 * 86_400
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -353,259 +336,3 @@ def row_ttls(settings: Settings) -> tuple[int | None, tuple[int | None, ...]]:
     if len(set(event_ttls_ms)) == 1:
         return event_ttls_ms[0], ()
     return ttl_ms, tuple(event_ttls_ms)
-
-
-def load(path: str | Path, environment: Mapping[str, str] | None = None) -> Settings:
-    """Read settings from a TOML file, overridden by the environment.
-
-    Parameters
-    ----------
-    path: the TOML file.
-    environment: variables to read overrides from; the process's own by default.
-
-    Raises
-    ------
-    SettingsError: the file cannot be read, is not TOML, or a setting in it or in the environment is wrong.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"settings file {str(path)!r} cannot be read: {error}") from error
-    return parse(text, os.environ if environment is None else environment, source=str(path))
-
-
-def parse(text: str, environment: Mapping[str, str] | None = None, source: str = "settings") -> Settings:
-    """Like `load`, from text; no environment unless given."""
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"{source} is not valid TOML: {error}") from error
-    for variable, raw in sorted((environment or {}).items()):
-        if variable.startswith(ENVIRONMENT_PREFIX):
-            _override(tree, variable, raw)
-    try:
-        settings = msgspec.convert(tree, Settings)
-    except msgspec.ValidationError as error:
-        raise SettingsError(_explain(tree, error, source)) from error
-    _check_references(settings)
-    return settings
-
-
-def _explain(tree: dict[str, Any], error: msgspec.ValidationError, source: str) -> str:
-    """Turn msgspec's `Expected ... - at `$.a.b`` into name, value and what would do."""
-    text, _, path = str(error).partition(" - at `$")
-    names = path.rstrip("`").replace("[...]", ".*").strip(".").split(".") if path else []
-    value: Any = tree
-    kind: Any = Settings
-    for at, name in enumerate(names):
-        if name == "*" and isinstance(value, dict):
-            names[at] = name = _refused_key(value, _member(kind, name))
-        kind = _member(kind, name)
-        if isinstance(value, dict) and name in value:
-            value = value[name]
-        else:
-            return f"{source}: {'.'.join(names)}: {text}"
-    if not names or isinstance(value, dict):
-        section = ".".join(names) or "top level"
-        accepted = _accepted_names(names)
-        return f"{source}: {section}: {text}" + (f"; accepted: {', '.join(accepted)}" if accepted else "")
-    return f"{source}: {'.'.join(names)} = {value!r}: {text[0].lower()}{text[1:]}{_choices(names)}"
-
-
-def _choices(names: list[str]) -> str:
-    """What a setting may be, where that is a few words; msgspec does not say."""
-    kind: Any = Settings
-    for name in names:
-        kind = _member(kind, name)
-    return f"; expected one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else ""
-
-
-def _refused_key(section: dict[str, Any], kind: Any) -> str:
-    """The first key of a table of sections whose section is refused; msgspec does not name it."""
-    for key, value in section.items():
-        try:
-            msgspec.convert(value, kind)
-        except msgspec.ValidationError:
-            return key
-    return "*"
-
-
-def _accepted_names(names: list[str]) -> list[str]:
-    section: Any = Settings
-    for name in names:
-        section = _member(section, name)
-    return sorted(section.__struct_fields__) if _is_section(section) else []
-
-
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
-
-
-def _member(kind: Any, name: str) -> Any:
-    """The type of setting `name` inside a section or a table of sections; None if there is none."""
-    if _is_section(kind):
-        return get_type_hints(kind, include_extras=True).get(name)
-    if get_origin(kind) is Annotated:
-        return _member(get_args(kind)[0], name)
-    if get_origin(kind) is dict:
-        return get_args(kind)[1]
-    return None
-
-
-def _override(tree: dict[str, Any], variable: str, raw: str) -> None:
-    path = variable[len(ENVIRONMENT_PREFIX) :].lower().split("__")
-    kind: Any = Settings
-    at: Any = tree
-    for depth, name in enumerate(path):
-        names = {key.lower(): key for key in at} if isinstance(at, dict) else {}
-        name = names.get(name, name)
-        inner = _member(kind, name)
-        if inner is None:
-            accepted = _accepted_names([]) if depth == 0 else sorted(getattr(kind, "__struct_fields__", names))
-            raise SettingsError(
-                f"environment variable {variable}={raw!r}: there is no setting {'.'.join(path)!r}; "
-                f"accepted here: {', '.join(accepted)}"
-            )
-        if depth == len(path) - 1:
-            try:
-                at[name] = msgspec.convert(raw, inner, strict=False)
-            except msgspec.ValidationError as error:
-                choices = _choices([*path[:-1], name])
-                raise SettingsError(f"environment variable {variable}={raw!r}: {error}{choices}") from error
-        else:
-            at = at.setdefault(name, {})
-            kind = inner
-
-
-def _refuse(name: str, value: object, accepted: object) -> None:
-    raise SettingsError(f"{name} = {value!r}: expected {accepted}")
-
-
-def _check_references(settings: Settings) -> None:
-    _check_kafka(settings.kafka)
-    _check_http(settings.worker)
-    for modality_name, modality in settings.modalities.items():
-        for field_name, field in modality.fields.items():
-            _check_field(f"modalities.{modality_name}.fields.{field_name}", field)
-    seen: set[str] = set()
-    for memory in settings.memory:
-        if memory.name in seen:
-            _refuse("memory.name", memory.name, "a name that no other memory has")
-        seen.add(memory.name)
-        _check_memory(settings, memory)
-    for task_name, task in settings.tasks.items():
-        name = f"tasks.{task_name}"
-        if task.on not in settings.modalities:
-            _refuse(f"{name}.on", task.on, f"one of the modalities {sorted(settings.modalities)}")
-        for field_name in task.inputs:
-            asked = settings.modalities[task.on].fields.get(field_name)
-            if asked is None or asked.type == "text" or (asked.type == "category" and not asked.values):
-                accepted = f"a number field of {task.on}, or a category field of it with declared `values`"
-                _refuse(f"{name}.inputs", field_name, accepted)
-    known = {
-        f"{modality_name}.{field_name}"
-        for modality_name, modality in settings.modalities.items()
-        for field_name, field in modality.fields.items()
-        if field.type == "category" and field.embedding
-    }
-    for target in settings.pretrain.targets:
-        if target not in known:
-            _refuse("pretrain.targets", target, f"category fields with an embedding: {sorted(known)}")
-    _check_ttls(settings)
-    if settings.store.max_rows is not None and settings.store.min_rows > settings.store.max_rows:
-        _refuse("store.min_rows", settings.store.min_rows, f"at most store.max_rows = {settings.store.max_rows}")
-
-
-def _check_ttls(settings: Settings) -> None:
-    own = {f"modalities.{name}.ttl_s": one.ttl_s for name, one in settings.modalities.items() if one.ttl_s is not None}
-    if not own:
-        return
-    shortest = min([*own.values(), *([] if settings.store.ttl_s is None else [settings.store.ttl_s])])
-    for name, ttl_s in {**own, "store.ttl_s": settings.store.ttl_s}.items():
-        if ttl_s is not None and ttl_s > shortest + _TTL_SPREAD_S:
-            _refuse(
-                name, ttl_s, f"at most four years ({_TTL_SPREAD_S} s) above the shortest time to live, {shortest} s"
-            )
-
-
-def _check_kafka(kafka: Kafka) -> None:
-    """Each setting of security where it has an effect, and all those that belong together."""
-    protocol = kafka.security_protocol
-    for part, names in (
-        ("SASL", ("sasl_username", "sasl_password_file")),
-        ("SSL", ("ssl_ca_file", "ssl_certificate_file", "ssl_key_file", "ssl_key_password_file")),
-    ):
-        for name in names:
-            value = getattr(kafka, name)
-            if part not in protocol and value is not None:
-                _refuse(f"kafka.{name}", value, f"nothing with kafka.security_protocol = {protocol!r}")
-            if value == "" or (part == "SASL" and part in protocol and value is None):
-                what = "a name" if name.endswith("username") else "the path of a file"
-                _refuse(f"kafka.{name}", value, f"{what} with kafka.security_protocol = {protocol!r}")
-    for name, needed in (
-        ("ssl_certificate_file", "ssl_key_file"),
-        ("ssl_key_file", "ssl_certificate_file"),
-        ("ssl_key_password_file", "ssl_key_file"),
-    ):
-        if getattr(kafka, name) is not None and getattr(kafka, needed) is None:
-            _refuse(f"kafka.{needed}", None, f"the path of a file, as kafka.{name} is set")
-
-
-def _check_http(worker: Worker) -> None:
-    certificate, key = worker.http_certificate_file, worker.http_key_file
-    if (certificate is None) != (key is None):
-        name, other = ("http_key_file", "http_certificate_file")
-        if certificate is None:
-            name, other = other, name
-        _refuse(f"worker.{name}", None, f"the path of a file, as worker.{other} is set")
-    if worker.http_advertise is not None and certificate is not None and worker.http_advertise.startswith("http:"):
-        _refuse("worker.http_advertise", worker.http_advertise, "an https URL, as worker.http_certificate_file is set")
-
-
-def _check_field(name: str, field: Field) -> None:
-    if field.type != "number" and (field.min is not None or field.max is not None):
-        _refuse(
-            f"{name}.min",
-            field.min if field.min is not None else field.max,
-            "nothing: only numbers have bounds",
-        )
-    if field.min is not None and field.max is not None and field.min > field.max:
-        _refuse(f"{name}.min", field.min, f"at most max = {field.max}")
-    if field.type != "category" and (field.embedding or field.values):
-        _refuse(f"{name}.embedding", field.embedding, "0: only categories have embeddings and values")
-    if len(set(field.values)) != len(field.values):
-        _refuse(f"{name}.values", field.values, "every value once")
-
-
-def _check_memory(settings: Settings, memory: Memory) -> None:
-    name = f"memory[{memory.name}]"
-    modality = settings.modalities.get(memory.modality)
-    if modality is None:
-        raise SettingsError(f"{name}.modality = {memory.modality!r}: expected one of {sorted(settings.modalities)}")
-
-    def fields(kind: str) -> list[str]:
-        return sorted(key for key, field in modality.fields.items() if field.type == kind)
-
-    needs = {"sum": "number", "sketch": "category"}.get(memory.kind)
-    if needs is not None and memory.field not in fields(needs):
-        _refuse(f"{name}.field", memory.field, f"a {needs} field of {memory.modality}: {fields(needs)}")
-    if needs is None and memory.field is not None:
-        _refuse(f"{name}.field", memory.field, f"nothing: kind {memory.kind!r} reads no field")
-    if memory.by is not None:
-        by = modality.fields.get(memory.by)
-        if by is None or by.type != "category" or not by.values:
-            _refuse(f"{name}.by", memory.by, f"a category field of {memory.modality} with declared `values`")
-        if memory.kind in ("sketch", "visits"):
-            _refuse(f"{name}.by", memory.by, f"nothing: kind {memory.kind!r} keeps no slot per value")
-    if memory.kind == "last_time" and memory.half_life_s is not None:
-        _refuse(f"{name}.half_life_s", memory.half_life_s, "nothing: a time does not decay")
-    if memory.kind != "visits" and memory.gap_s:
-        _refuse(f"{name}.gap_s", memory.gap_s, "nothing: only visits have a gap")
-    if memory.where is not None:
-        where = memory.where
-        given = [key for key in ("above", "below", "equals") if getattr(where, key) is not None]
-        if len(given) != 1:
-            _refuse(f"{name}.where", given, "exactly one of above, below, equals")
-        kind = "category" if given == ["equals"] else "number"
-        if where.field not in fields(kind):
-            _refuse(f"{name}.where.field", where.field, f"a {kind} field of {memory.modality}: {fields(kind)}")

@@ -1,0 +1,150 @@
+"""What settings must be to each other: a memory's field, a task's modality, parts that belong together.
+
+Guaranteed: `check` passes settings whose parts fit, and stops at the first that does not, with its name, its value
+and what would be accepted.
+"""
+
+from __future__ import annotations
+
+from stream.errors import SettingsError
+from stream.settings.sections import Field, Kafka, Memory, Settings, Worker
+
+__all__ = ["check"]
+
+#: Most seconds between the shortest time to live of a row and the longest.
+_TTL_SPREAD_S = 4 * 365 * 86_400
+
+
+def _refuse(name: str, value: object, accepted: object) -> None:
+    raise SettingsError(f"{name} = {value!r}: expected {accepted}")
+
+
+def check(settings: Settings) -> None:
+    """Raises SettingsError where a setting does not fit another."""
+    _check_kafka(settings.kafka)
+    _check_http(settings.worker)
+    for modality_name, modality in settings.modalities.items():
+        for field_name, field in modality.fields.items():
+            _check_field(f"modalities.{modality_name}.fields.{field_name}", field)
+    seen: set[str] = set()
+    for memory in settings.memory:
+        if memory.name in seen:
+            _refuse("memory.name", memory.name, "a name that no other memory has")
+        seen.add(memory.name)
+        _check_memory(settings, memory)
+    for task_name, task in settings.tasks.items():
+        name = f"tasks.{task_name}"
+        if task.on not in settings.modalities:
+            _refuse(f"{name}.on", task.on, f"one of the modalities {sorted(settings.modalities)}")
+        for field_name in task.inputs:
+            asked = settings.modalities[task.on].fields.get(field_name)
+            if asked is None or asked.type == "text" or (asked.type == "category" and not asked.values):
+                accepted = f"a number field of {task.on}, or a category field of it with declared `values`"
+                _refuse(f"{name}.inputs", field_name, accepted)
+    known = {
+        f"{modality_name}.{field_name}"
+        for modality_name, modality in settings.modalities.items()
+        for field_name, field in modality.fields.items()
+        if field.type == "category" and field.embedding
+    }
+    for target in settings.pretrain.targets:
+        if target not in known:
+            _refuse("pretrain.targets", target, f"category fields with an embedding: {sorted(known)}")
+    _check_ttls(settings)
+    if settings.store.max_rows is not None and settings.store.min_rows > settings.store.max_rows:
+        _refuse("store.min_rows", settings.store.min_rows, f"at most store.max_rows = {settings.store.max_rows}")
+
+
+def _check_ttls(settings: Settings) -> None:
+    own = {f"modalities.{name}.ttl_s": one.ttl_s for name, one in settings.modalities.items() if one.ttl_s is not None}
+    if not own:
+        return
+    shortest = min([*own.values(), *([] if settings.store.ttl_s is None else [settings.store.ttl_s])])
+    for name, ttl_s in {**own, "store.ttl_s": settings.store.ttl_s}.items():
+        if ttl_s is not None and ttl_s > shortest + _TTL_SPREAD_S:
+            _refuse(
+                name, ttl_s, f"at most four years ({_TTL_SPREAD_S} s) above the shortest time to live, {shortest} s"
+            )
+
+
+def _check_kafka(kafka: Kafka) -> None:
+    """Each setting of security where it has an effect, and all those that belong together."""
+    protocol = kafka.security_protocol
+    for part, names in (
+        ("SASL", ("sasl_username", "sasl_password_file")),
+        ("SSL", ("ssl_ca_file", "ssl_certificate_file", "ssl_key_file", "ssl_key_password_file")),
+    ):
+        for name in names:
+            value = getattr(kafka, name)
+            if part not in protocol and value is not None:
+                _refuse(f"kafka.{name}", value, f"nothing with kafka.security_protocol = {protocol!r}")
+            if value == "" or (part == "SASL" and part in protocol and value is None):
+                what = "a name" if name.endswith("username") else "the path of a file"
+                _refuse(f"kafka.{name}", value, f"{what} with kafka.security_protocol = {protocol!r}")
+    for name, needed in (
+        ("ssl_certificate_file", "ssl_key_file"),
+        ("ssl_key_file", "ssl_certificate_file"),
+        ("ssl_key_password_file", "ssl_key_file"),
+    ):
+        if getattr(kafka, name) is not None and getattr(kafka, needed) is None:
+            _refuse(f"kafka.{needed}", None, f"the path of a file, as kafka.{name} is set")
+
+
+def _check_http(worker: Worker) -> None:
+    certificate, key = worker.http_certificate_file, worker.http_key_file
+    if (certificate is None) != (key is None):
+        name, other = ("http_key_file", "http_certificate_file")
+        if certificate is None:
+            name, other = other, name
+        _refuse(f"worker.{name}", None, f"the path of a file, as worker.{other} is set")
+    if worker.http_advertise is not None and certificate is not None and worker.http_advertise.startswith("http:"):
+        _refuse("worker.http_advertise", worker.http_advertise, "an https URL, as worker.http_certificate_file is set")
+
+
+def _check_field(name: str, field: Field) -> None:
+    if field.type != "number" and (field.min is not None or field.max is not None):
+        _refuse(
+            f"{name}.min",
+            field.min if field.min is not None else field.max,
+            "nothing: only numbers have bounds",
+        )
+    if field.min is not None and field.max is not None and field.min > field.max:
+        _refuse(f"{name}.min", field.min, f"at most max = {field.max}")
+    if field.type != "category" and (field.embedding or field.values):
+        _refuse(f"{name}.embedding", field.embedding, "0: only categories have embeddings and values")
+    if len(set(field.values)) != len(field.values):
+        _refuse(f"{name}.values", field.values, "every value once")
+
+
+def _check_memory(settings: Settings, memory: Memory) -> None:
+    name = f"memory[{memory.name}]"
+    modality = settings.modalities.get(memory.modality)
+    if modality is None:
+        raise SettingsError(f"{name}.modality = {memory.modality!r}: expected one of {sorted(settings.modalities)}")
+
+    def fields(kind: str) -> list[str]:
+        return sorted(key for key, field in modality.fields.items() if field.type == kind)
+
+    needs = {"sum": "number", "sketch": "category"}.get(memory.kind)
+    if needs is not None and memory.field not in fields(needs):
+        _refuse(f"{name}.field", memory.field, f"a {needs} field of {memory.modality}: {fields(needs)}")
+    if needs is None and memory.field is not None:
+        _refuse(f"{name}.field", memory.field, f"nothing: kind {memory.kind!r} reads no field")
+    if memory.by is not None:
+        by = modality.fields.get(memory.by)
+        if by is None or by.type != "category" or not by.values:
+            _refuse(f"{name}.by", memory.by, f"a category field of {memory.modality} with declared `values`")
+        if memory.kind in ("sketch", "visits"):
+            _refuse(f"{name}.by", memory.by, f"nothing: kind {memory.kind!r} keeps no slot per value")
+    if memory.kind == "last_time" and memory.half_life_s is not None:
+        _refuse(f"{name}.half_life_s", memory.half_life_s, "nothing: a time does not decay")
+    if memory.kind != "visits" and memory.gap_s:
+        _refuse(f"{name}.gap_s", memory.gap_s, "nothing: only visits have a gap")
+    if memory.where is not None:
+        where = memory.where
+        given = [key for key in ("above", "below", "equals") if getattr(where, key) is not None]
+        if len(given) != 1:
+            _refuse(f"{name}.where", given, "exactly one of above, below, equals")
+        kind = "category" if given == ["equals"] else "number"
+        if where.field not in fields(kind):
+            _refuse(f"{name}.where.field", where.field, f"a {kind} field of {memory.modality}: {fields(kind)}")

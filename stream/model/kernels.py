@@ -100,6 +100,23 @@ def _holds(kind, column, threshold, i, numbers, declared):  # type: ignore[no-un
 
 
 @njit(cache=True, nogil=True)
+def ring_code(hashed):  # type: ignore[no-untyped-def]
+    """48 bits of a hash as two float32 of 24 bits each, never both 0: two values share a code once in 2**48 pairs."""
+    high = np.float32(np.int64((hashed >> np.uint64(24)) & np.uint64(0xFFFFFF)))
+    low = np.float32(np.int64(hashed & np.uint64(0xFFFFFF)))
+    if high == 0.0 and low == 0.0:
+        low = np.float32(1.0)
+    return high, low
+
+
+@njit(cache=True, nogil=True)
+def _push(memory, at, slots, width):  # type: ignore[no-untyped-def]
+    """Make room at the front of a range of `slots` floats; its last `width` are dropped."""
+    for k in range(at + slots - 1, at + width - 1, -1):
+        memory[k] = memory[k - width]
+
+
+@njit(cache=True, nogil=True)
 def _remember(  # type: ignore[no-untyped-def]
     memory, i, time_ms, elapsed_ms, late_ms, modality, numbers, hashes, lengths, declared,
     first, operations, constants, decay_half_life_ms, decay_bounds,
@@ -121,7 +138,7 @@ def _remember(  # type: ignore[no-untyped-def]
             spare = operations[o, 2] - 1
             if slot < 0 or slot > spare:
                 slot = spare
-            at += slot * (2 if kind == 3 else 1)
+            at += slot * (2 if kind == 3 or kind == 5 else 1)
         # A late event counts as much as it would have left by now, and moves no time back.
         weight = 1.0 if late_ms == 0.0 else 2.0 ** (-late_ms / constants[o, 1])
         if kind == 0:
@@ -140,6 +157,32 @@ def _remember(  # type: ignore[no-untyped-def]
         elif kind == 3:
             if time_ms > _read_time(memory, at):
                 _write_time(memory, at, time_ms)
+        elif kind == 5:
+            earliest = _read_time(memory, at)
+            if earliest == 0.0 or time_ms < earliest:
+                _write_time(memory, at, time_ms)
+        elif kind == 6:
+            amount = numbers[i, operations[o, 4]]
+            if not math.isnan(amount):
+                kept = operations[o, 2] - 1
+                _push(memory, at, kept, 1)
+                memory[at] = np.float32(min(max(amount, -_LARGEST), _LARGEST))
+                memory[at + kept] = min(memory[at + kept] + np.float32(1.0), np.float32(kept))
+        elif kind == 7:
+            column = operations[o, 5]
+            if lengths[i, column] >= 0:
+                value = declared[i, column]
+                if value < 0 or value > operations[o, 9]:
+                    value = operations[o, 9]
+                _push(memory, at, operations[o, 2], 1)
+                memory[at] = np.float32(value + 1)
+        elif kind == 8:
+            column = operations[o, 5]
+            if lengths[i, column] >= 0:
+                _push(memory, at, operations[o, 2], 2)
+                high, low = ring_code(hashes[i, column])
+                memory[at] = high
+                memory[at + 1] = low
         else:
             column = operations[o, 5]
             if lengths[i, column] >= 0:

@@ -5,6 +5,10 @@ that decays at one half-life lies together (one multiply over a range for each h
 decay, then times. A time is kept in two float32 values, `high * 2**24 + low` milliseconds, both exact; (0, 0)
 means never.
 
+What keeps the latest values has the newest first. A `ring` keeps two floats a value, 24 bits of its hash each and
+(0, 0) where there is none yet. A `last` of a category keeps 1 + the value's number, one more than declared for any
+other, 0 for none yet; a `last` of a number the numbers, and behind them how many there are.
+
 Guaranteed: the same settings always give the same layout, and `fingerprint` differs where rows of two layouts
 could not be exchanged.
 """
@@ -15,6 +19,7 @@ import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
+from msgspec.structs import fields
 from numpy.typing import NDArray
 
 from stream.settings import Memory, Settings
@@ -23,8 +28,16 @@ from stream.wire import ModalitySchema, Schema
 __all__ = ["EmbeddedField", "Layout", "Operation", "OperationTable"]
 
 #: Operation kinds as the kernel knows them.
-COUNT, SUM, VISITS, LAST_TIME, SKETCH = range(5)
-_KINDS = {"count": COUNT, "sum": SUM, "visits": VISITS, "last_time": LAST_TIME, "sketch": SKETCH}
+COUNT, SUM, VISITS, LAST_TIME, SKETCH, FIRST_TIME, LAST_NUMBER, LAST_CATEGORY, RING = range(9)
+_KINDS = {
+    "count": COUNT,
+    "sum": SUM,
+    "visits": VISITS,
+    "first_time": FIRST_TIME,
+    "last_time": LAST_TIME,
+    "ring": RING,
+    "sketch": SKETCH,
+}
 #: Condition kinds as the kernel knows them.
 ALWAYS, ABOVE, BELOW, EQUALS = range(4)
 
@@ -63,7 +76,7 @@ class OperationTable:
     """The operations as arrays for the kernel, those of modality m at `first[m]:first[m + 1]`."""
 
     first: NDArray[np.int32]
-    integers: NDArray[np.int32]  # (operations, 9): see `Layout._table`
+    integers: NDArray[np.int32]  # (operations, 10): see `_table`
     constants: NDArray[np.float64]  # (operations, 3): condition's bound, half-life in ms (inf: none), gap in ms
     decay_half_life_ms: NDArray[np.float64]  # of each decaying range
     decay_bounds: NDArray[np.int32]  # (ranges + 1,), offsets in the memory
@@ -117,7 +130,7 @@ class Layout:
             number_inputs=number_inputs,
             dense_inputs=column + TIME_INPUTS,
             numbers=numbers,
-            table=_table(operations, schema, declared),
+            table=_table(operations, settings, schema, declared),
             declared=declared,
         )
 
@@ -135,45 +148,50 @@ class Layout:
     def fingerprint(self) -> str:
         """Changes whenever rows of the old and the new layout could not be exchanged."""
         parts = [str(self.hidden), str(self.inputs)]
-        parts += [f"{o.memory!r}@{o.start}+{o.slots}" for o in self.operations]
+        parts += [f"{_described(o.memory)}@{o.start}+{o.slots}" for o in self.operations]
         parts += [f"{key}:{values}" for key, values in sorted(self.declared.items())]
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
 
 
+def _described(memory: Memory) -> str:
+    """The settings of a memory that are not left at their defaults: a new setting changes no fingerprint."""
+    given = {f.name: getattr(memory, f.name) for f in fields(memory)}
+    return repr({f.name: given[f.name] for f in fields(memory) if f.required or given[f.name] != f.default})
+
+
 def _slots(settings: Settings, memory: Memory) -> int:
+    """Values it keeps; a time is one, of two floats."""
     if memory.kind == "sketch":
         return memory.dimensions
-    if memory.kind == "last_time" and memory.by is None:
-        return 0
-    by = 1 if memory.by is None else len(settings.modalities[memory.modality].fields[memory.by].values) + 1
-    return by
+    if memory.kind == "ring":
+        return 2 * memory.size
+    declared = settings.modalities[memory.modality].fields
+    if memory.kind == "last":
+        assert memory.field is not None
+        return memory.size + (declared[memory.field].type == "number")
+    return 1 if memory.by is None else len(declared[memory.by].values) + 1
 
 
 def _place(settings: Settings) -> tuple[tuple[Operation, ...], int]:
     """Give every memory its place: decaying ones by half-life, then plain ones, then times."""
-    order = sorted(
-        settings.memory,
-        key=lambda m: (m.kind == "last_time", m.half_life_s is None, m.half_life_s or 0.0),
-    )
+    order = sorted(settings.memory, key=lambda m: (m.is_time, m.half_life_s is None, m.half_life_s or 0.0))
     starts: dict[str, int] = {}
     at = 0
     for memory in order:
         starts[memory.name] = at
-        if memory.kind != "last_time":
+        if not memory.is_time:
             at += _slots(settings, memory)
     times: dict[str, int] = {}
     for memory in order:
         times[memory.name] = at
-        if memory.kind == "last_time":
-            at += 2 * max(1, _slots(settings, memory))
+        if memory.is_time:
+            at += 2 * _slots(settings, memory)
         elif memory.kind == "visits":
             at += 2
     operations = []
     for memory in settings.memory:
-        is_time = memory.kind == "last_time"
-        slots = max(1, _slots(settings, memory))
-        start = times[memory.name] if is_time else starts[memory.name]
-        operations.append(Operation(memory, start, slots, times[memory.name]))
+        start = times[memory.name] if memory.is_time else starts[memory.name]
+        operations.append(Operation(memory, start, _slots(settings, memory), times[memory.name]))
     return tuple(operations), at
 
 
@@ -197,10 +215,14 @@ def _modality(schema: Schema, name: str) -> ModalitySchema:
 
 
 def _table(
-    operations: tuple[Operation, ...], schema: Schema, declared: dict[tuple[int, int], tuple[str, ...]]
+    operations: tuple[Operation, ...],
+    settings: Settings,
+    schema: Schema,
+    declared: dict[tuple[int, int], tuple[str, ...]],
 ) -> OperationTable:
-    """Columns of `integers`: kind, start, slots, time start, number column, category column, slot column, and the
-    condition's kind and column. A condition on a category is bound to the index of its declared value."""
+    """Columns of `integers`: kind, start, slots, time start, number column, category column, slot column, the
+    condition's kind and column, and the number of declared values of a category whose latest are kept. A condition on
+    a category is bound to the index of its declared value."""
     rows: list[list[int]] = []
     constants: list[list[float]] = []
     first = [0]
@@ -209,8 +231,9 @@ def _table(
             memory = o.memory
             if memory.modality != m.name:
                 continue
-            number = m.number_fields[memory.field] if memory.kind == "sum" and memory.field else -1
-            category = m.category_fields[memory.field] if memory.kind == "sketch" and memory.field else -1
+            number = -1 if memory.field is None else m.number_fields.get(memory.field, -1)
+            category = -1 if memory.field is None else m.category_fields.get(memory.field, -1)
+            kind = _KINDS.get(memory.kind, LAST_NUMBER if number >= 0 else LAST_CATEGORY)
             by = m.category_fields[memory.by] if memory.by else -1
             condition, column, threshold = ALWAYS, -1, 0.0
             where = memory.where
@@ -221,7 +244,12 @@ def _table(
             elif where is not None and where.equals is not None:
                 column = m.category_fields[where.field]
                 condition, threshold = EQUALS, float(declared[m.index, column].index(where.equals))
-            rows.append([_KINDS[memory.kind], o.start, o.slots, o.time_start, number, category, by, condition, column])
+            other = (
+                len(settings.modalities[m.name].fields[memory.field].values)
+                if kind == LAST_CATEGORY and memory.field
+                else 0
+            )
+            rows.append([kind, o.start, o.slots, o.time_start, number, category, by, condition, column, other])
             half_life_ms = np.inf if memory.half_life_s is None else memory.half_life_s * 1000.0
             constants.append([threshold, half_life_ms, memory.gap_s * 1000.0])
         first.append(len(rows))
@@ -236,7 +264,7 @@ def _table(
         bounds[-1] = o.start + o.slots
     return OperationTable(
         first=np.array(first, np.int32),
-        integers=np.array(rows, np.int32).reshape(-1, 9),
+        integers=np.array(rows, np.int32).reshape(-1, 10),
         constants=np.array(constants, np.float64).reshape(-1, 3),
         decay_half_life_ms=np.array(decay, np.float64),
         decay_bounds=np.array(bounds, np.int32),

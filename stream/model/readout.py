@@ -1,8 +1,9 @@
 """What heads see of a row: its hidden state, its memory on a scale that suits linear models, and the event.
 
 Counts, sums and visits are read through a signed logarithm, sketches by their direction, times as the logarithm
-of the hours since (and whether the thing ever happened). One function for worker and trainer; a row's features
-do not depend on the other rows of the call.
+of the hours since (and whether the thing ever happened), the latest numbers through a signed logarithm (and whether
+there is one), the latest categories as one column for each declared value and one for all others. A ring says nothing
+by itself. One function for worker and trainer; a row's features do not depend on the other rows of the call.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from stream.model.layout import Layout
 from stream.model.values import ValueTable
-from stream.settings import Task
+from stream.settings import Memory, Task
 from stream.wire import EventColumns
 
 __all__ = ["Readout", "TaskInputs"]
@@ -40,10 +41,18 @@ class Readout:
                 self._sketches.append(slice(operation.start, operation.start + operation.slots))
                 names += [f"{operation.memory.name}[{i}]" for i in range(operation.slots)]
         for operation in layout.operations:
-            if operation.memory.kind == "last_time":
+            if operation.memory.is_time:
                 times += range(operation.start, operation.start + 2 * operation.slots, 2)
                 slots = _slot_names(layout, operation.memory.name, operation.memory.by, operation.memory.modality)
                 names += [f"{slot}.{part}" for slot in slots for part in ("hours", "seen")]
+        self._latest: list[tuple[slice, int]] = []
+        for operation in layout.operations:
+            if operation.memory.kind == "last":
+                values = _values(layout, operation.memory)
+                self._latest.append((slice(operation.start, operation.start + operation.slots), len(values)))
+                parts = values or ("value", "seen")
+                kept = range(1, operation.memory.size + 1)
+                names += [f"{operation.memory.name}[{at}].{part}" for at in kept for part in parts]
         self._statistics = np.array(statistics, np.int64)
         self._times = np.array(times, np.int64)
         self.names = tuple(names)
@@ -80,7 +89,23 @@ class Readout:
             hours = np.where(seen, np.maximum(now_ms[:, None] - time_ms, 0.0) / 3_600_000.0, 0.0)
             pairs = np.stack([np.log1p(hours), seen], axis=2).astype(np.float32)
             parts.append(pairs.reshape(len(memory), -1))
+        for where, values in self._latest:
+            kept = memory[:, where]
+            if values:
+                parts.append((kept[:, :, None] == np.arange(1, values + 1)).reshape(len(memory), -1))
+            else:
+                numbers, count = kept[:, :-1], kept[:, -1:]
+                there = np.arange(numbers.shape[1]) < count
+                pairs = np.stack([np.copysign(np.log1p(np.abs(numbers)), numbers), there], axis=2)
+                parts.append(pairs.reshape(len(memory), -1))
         return np.concatenate(parts, axis=1).astype(np.float32, copy=False)
+
+
+def _values(layout: Layout, memory: Memory) -> tuple[str, ...]:
+    """What the latest categories of a memory are told apart by; nothing where it keeps numbers."""
+    assert memory.field is not None
+    field = layout.settings.modalities[memory.modality].fields[memory.field]
+    return () if field.type == "number" else (*field.values, "other")
 
 
 def _slot_names(layout: Layout, name: str, by: str | None, modality: str) -> list[str]:

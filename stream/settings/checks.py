@@ -125,21 +125,28 @@ def _check_memory(settings: Settings, memory: Memory) -> None:
     def fields(kind: str) -> list[str]:
         return sorted(key for key, field in modality.fields.items() if field.type == kind)
 
-    needs = {"sum": "number", "sketch": "category"}.get(memory.kind)
+    needs = {"sum": "number", "sketch": "category", "ring": "category"}.get(memory.kind)
     if needs is not None and memory.field not in fields(needs):
         _refuse(f"{name}.field", memory.field, f"a {needs} field of {memory.modality}: {fields(needs)}")
-    if needs is None and memory.field is not None:
+    if memory.kind == "last":
+        kept = modality.fields.get(memory.field or "")
+        if kept is None or not (kept.type == "number" or kept.values):
+            accepted = f"a number field of {memory.modality}, or a category field of it with declared `values`"
+            _refuse(f"{name}.field", memory.field, accepted)
+    elif needs is None and memory.field is not None:
         _refuse(f"{name}.field", memory.field, f"nothing: kind {memory.kind!r} reads no field")
     if memory.by is not None:
         by = modality.fields.get(memory.by)
         if by is None or by.type != "category" or not by.values:
             _refuse(f"{name}.by", memory.by, f"a category field of {memory.modality} with declared `values`")
-        if memory.kind in ("sketch", "visits"):
+        if memory.kind not in ("count", "sum", "first_time", "last_time"):
             _refuse(f"{name}.by", memory.by, f"nothing: kind {memory.kind!r} keeps no slot per value")
-    if memory.kind == "last_time" and memory.half_life_s is not None:
-        _refuse(f"{name}.half_life_s", memory.half_life_s, "nothing: a time does not decay")
+    if memory.half_life_s is not None and (memory.is_time or memory.kind in ("last", "ring")):
+        _refuse(f"{name}.half_life_s", memory.half_life_s, f"nothing: kind {memory.kind!r} does not decay")
     if memory.kind != "visits" and memory.gap_s:
         _refuse(f"{name}.gap_s", memory.gap_s, "nothing: only visits have a gap")
+    if memory.kind not in ("last", "ring") and memory.size != 1:
+        _refuse(f"{name}.size", memory.size, "nothing: only `last` and `ring` have a size")
     if memory.where is not None:
         where = memory.where
         given = [key for key in ("above", "below", "equals") if getattr(where, key) is not None]

@@ -163,9 +163,12 @@ class Memory(_Section, frozen=True):
     """One statistic that every row keeps about its client, updated with each event of `modality`.
 
     kind `count`: events; `sum`: a number field; `visits`: events that come more than `gap_s` after the previous
-    one of the modality; `last_time`: when it last happened; `sketch`: sum of fixed random sign codes of a
-    category field, `dimensions` wide. `half_life_s` makes count, sum, visits and sketch decay; `by` keeps one
-    slot for every declared value of a category field and one for all others.
+    one of the modality; `first_time`, `last_time`: when it first or last happened; `last`: the latest `size` values
+    of a number field, or of a category field with declared `values`; `ring`: the latest `size` values of any
+    category field, as 48 bits of their hash; `sketch`: sum of fixed random sign codes of a category field,
+    `dimensions` wide. `half_life_s` makes count, sum, visits and sketch decay; `by` keeps one slot for every
+    declared value of a category field and one for all others. Latest by arrival: of two events the one with the
+    larger offset, also where it is late.
     """
 
     #: Names its features.
@@ -173,10 +176,11 @@ class Memory(_Section, frozen=True):
     #: The kind of event that updates it.
     modality: Name
     #: What is kept; see above.
-    kind: Literal["count", "sum", "visits", "last_time", "sketch"]
-    #: sum: the number added; sketch: the category.
+    kind: Literal["count", "sum", "visits", "first_time", "last_time", "last", "ring", "sketch"]
+    #: sum: the number added; last: the number or category kept; ring, sketch: the category.
     field: Name | None = None
-    #: count, sum, last_time: one slot for each declared value of this category field, and one for all others.
+    #: count, sum, first_time, last_time: one slot for each declared value of this category field, and one for all
+    #: others.
     by: Name | None = None
     #: It decays to a half in this event time; without it, it does not decay.
     half_life_s: Seconds | None = None
@@ -186,6 +190,13 @@ class Memory(_Section, frozen=True):
     gap_s: Annotated[float, Meta(ge=0)] = 0.0
     #: sketch: its width.
     dimensions: Annotated[int, Meta(ge=1, le=64)] = 32
+    #: last, ring: how many values are kept.
+    size: Annotated[int, Meta(ge=1, le=256)] = 1
+
+    @property
+    def is_time(self) -> bool:
+        """Whether it keeps times, two floats each."""
+        return self.kind in ("first_time", "last_time")
 
 
 class Model(_Section, frozen=True):

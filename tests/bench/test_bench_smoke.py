@@ -11,7 +11,7 @@ from stream.model.engine import Engine
 from stream.model.layout import Layout
 from stream.settings import parse
 from stream.wire import EventDecoder, RecordBlock, Schema, decode_embedding
-from tests.bench import http, restore, throughput
+from tests.bench import http, memory, restore, throughput
 from tests.bench.support.stock import Step
 from tests.bench.support.workload import EPOCH_MS, Workload, random_parameters, settings_text
 from tests.support.truth import PlainRows
@@ -84,6 +84,14 @@ def test_the_http_bench_tells_every_figure(capsys: pytest.CaptureFixture[str]) -
         for name in ("one", "of_100"):
             assert figures[f"{kind}_{name}_per_s"] > 0
             assert figures[f"{kind}_{name}_p99_ms"] >= figures[f"{kind}_{name}_p50_ms"] > 0
+
+
+def test_the_memory_bench_tells_what_about_200_floats_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    memory.main(["--seconds", "0.1", "--clients", "2000", "--batch", "200"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 180 <= figures["memory_floats"] <= 220
+    assert figures["batches"] > 0
+    assert figures["with_memory_us_per_event"] > figures["without_memory_us_per_event"] > 0
 
 
 def test_the_restore_bench_restores_every_row(capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,6 +78,34 @@ kind = "last_time"
 by = "product"
 
 [[memory]]
+name = "first_by_merchant"
+modality = "pay"
+kind = "first_time"
+by = "merchant"
+
+[[memory]]
+name = "last_amounts"
+modality = "pay"
+kind = "last"
+field = "amount"
+size = 3
+
+[[memory]]
+name = "last_products"
+modality = "offer"
+kind = "last"
+field = "product"
+size = 2
+
+[[memory]]
+name = "large_channels"
+modality = "pay"
+kind = "ring"
+field = "channel"
+size = 4
+where = { field = "amount", above = 50 }
+
+[[memory]]
 name = "merchants"
 modality = "pay"
 kind = "sketch"

@@ -11,7 +11,7 @@ from stream.model.engine import Engine
 from stream.model.layout import Layout
 from stream.settings import parse
 from stream.wire import EventDecoder, RecordBlock, Schema, decode_embedding
-from tests.bench import http, memory, restore, throughput
+from tests.bench import freshness, http, memory, restore, throughput, trainer
 from tests.bench.support.stock import Step
 from tests.bench.support.workload import EPOCH_MS, Workload, random_parameters, settings_text
 from tests.support.truth import PlainRows
@@ -99,3 +99,21 @@ def test_the_restore_bench_restores_every_row(capsys: pytest.CaptureFixture[str]
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     for name in ("rows_per_s", "ready_s", "ready_kept_s"):
         assert figures[name] > 0
+
+
+def test_the_freshness_bench_finds_all_feedback_served(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--seconds", "1", "--warm-up", "2", "--rate", "400", "--feedback", "50", "--clients", "2000"]
+    freshness.main([*sizes, "--delay", "0.3", "--broker", "embedded", "--hidden", "8"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["feedback_counted"] > 10
+    assert figures["max_s"] >= figures["p99_s"] >= figures["p50_s"] > 0
+    # And no version has feedback before it was published.
+    assert figures["to_version_p50_s"] > 0
+
+
+def test_the_trainer_bench_reads_and_learns_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer.main(["--seconds", "0.2", "--broker", "embedded"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["events"] > 10_000
+    for name in ("events_per_s", "events_per_cpu_s", "examples_per_s", "examples_per_cpu_s", "paced_events_per_s"):
+        assert figures[name] > 0, name

@@ -61,7 +61,8 @@ class Site:
 
     broker: Broker
     directory: Path
-    memory_floats: int
+    #: The settings file.
+    text: str
     hidden: int
     overrides: dict[str, str]
     topics: dict[str, str]
@@ -77,7 +78,7 @@ class Site:
             **self.overrides,
         }
         self.file = self.directory / "settings.toml"
-        self.file.write_text(settings_text(self.memory_floats))
+        self.file.write_text(self.text)
         self.settings: Settings = load(self.file, self.environment)
         ensure_topics(self.settings, create=True)
         self.layout = Layout.compile(self.settings, Schema.compile(self.settings))
@@ -87,7 +88,7 @@ class Site:
         """The same events, and states, parameters and embeddings of its own."""
         prefix = uuid.uuid4().hex[:8]
         topics = {role: f"{prefix}-{role}" for role in _TOPICS} | {"events": self.topics["events"]}
-        return Site(self.broker, self.directory / prefix, self.memory_floats, self.hidden, self.overrides, topics)
+        return Site(self.broker, self.directory / prefix, self.text, self.hidden, self.overrides, topics)
 
     def publish_parameters(self) -> None:
         """Version 1, before the first worker starts."""
@@ -106,18 +107,35 @@ class Site:
             },
         )
 
+    def trainer(self, port: int) -> Livestate:
+        """A trainer process with a disk of its own, not started yet; it takes the trunk that was published."""
+        return Livestate(
+            self.directory / "trainer.log",
+            ["trainer", "--settings", str(self.file)],
+            self.environment
+            | {
+                "LIVESTATE_TRAINER__HTTP_PORT": str(port),
+                "LIVESTATE_TRAINER__DATA_DIR": str(self.directory / "data-trainer"),
+                "OMP_NUM_THREADS": "1",
+            },
+        )
+
 
 @contextmanager
 def open_site(
-    broker: str, hidden: int = 64, memory_floats: int = 0, overrides: dict[str, str] | None = None
+    broker: str, hidden: int = 64, memory_floats: int = 0, overrides: dict[str, str] | None = None, text: str = ""
 ) -> Iterator[Site]:
-    """A broker in a temporary directory and a site on it; both are gone afterwards."""
+    """A broker in a temporary directory and a site on it; both are gone afterwards.
+
+    text: the settings file, by default the workload's with so many floats of memory.
+    """
+    text = text or settings_text(memory_floats)
     directory = Path(tempfile.mkdtemp(prefix="livestate-bench-"))
     try:
         with choose_broker(broker, directory / "broker") as running:
             prefix = uuid.uuid4().hex[:8]
             topics = {role: f"{prefix}-{role}" for role in _TOPICS}
-            yield Site(running, directory / prefix, memory_floats, hidden, overrides or {}, topics)
+            yield Site(running, directory / prefix, text, hidden, overrides or {}, topics)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 

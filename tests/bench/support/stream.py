@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -26,13 +26,24 @@ _TICK_S = 0.002
 
 
 class Publisher:
-    """Publishes the workload's events to a topic at a steady rate, from `start` on."""
+    """Publishes the workload's events to a topic at a steady rate.
 
-    def __init__(self, settings: Settings, topic: str, workload: Workload, rate: float) -> None:
+    after: called after each event with its number, key and partition, and the producer.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        topic: str,
+        workload: Workload,
+        rate: float,
+        after: Callable[[int, bytes, int, Producer], None] | None = None,
+    ) -> None:
         self._settings = settings
         self._topic = topic
         self._workload = workload
         self._rate = rate
+        self._after = after
         self.times: list[list[float]] = [[] for _ in range(settings.topics.partitions)]
         self.late_s = 0.0
 
@@ -52,9 +63,12 @@ class Publisher:
                 self.late_s = max(self.late_s, now - due - _TICK_S)
                 producer.produce(self._topic, value, key, partition)
                 self.times[partition].append(now)
+                if self._after is not None:
+                    self._after(sent, key, partition, producer)
                 sent += 1
-            if stopping.is_set():
-                break
+                if stopping.is_set():
+                    producer.flush(30)
+                    return
         producer.flush(30)
 
 
@@ -98,18 +112,22 @@ class Watcher:
         self._thread.join(30)
         self._consumer.close()
 
+    def sightings(self) -> Iterator[tuple[float, Message]]:
+        """(when it was in hand, record) of everything that was read."""
+        for at, messages in self._taken:
+            for message in messages:
+                if message.error() is None:
+                    yield at, message
+
     def delays(self, published: list[list[float]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(publication times, seconds from publication to sight) of every offset seen, for events from offset 0 on."""
         seen: set[tuple[int, int]] = set()
         when, delay = [], []
-        for at, messages in self._taken:
-            for message in messages:
-                if message.error() is not None:
-                    continue
-                number, offset = message.partition() or 0, self._offset_of(message)
-                if (number, offset) not in seen and offset < len(published[number]):
-                    seen.add((number, offset))
-                    when.append(published[number][offset])
-                    delay.append(at - published[number][offset])
+        for at, message in self.sightings():
+            number, offset = message.partition() or 0, self._offset_of(message)
+            if (number, offset) not in seen and offset < len(published[number]):
+                seen.add((number, offset))
+                when.append(published[number][offset])
+                delay.append(at - published[number][offset])
         order = np.argsort(when)
         return np.array(when)[order], np.array(delay)[order]

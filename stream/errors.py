@@ -9,7 +9,8 @@
     ├── RecordError          one record from a topic is unusable; it belongs in dead-letters
     ├── StoreError           the embedding store cannot go on; names the path and what to do
     ├── ParametersError      a parameter version is torn, missing or of another shape
-    └── DataError            a file or data set given by the user cannot be used
+    ├── DataError            a file or data set given by the user cannot be used
+    └── UnknownClientError   the client asked for has no row
 
 A program that sees a `LivestateError` prints its text and exits with `exit_code`; any other exception is a
 defect of ours and keeps its traceback.
@@ -28,6 +29,7 @@ __all__ = [
     "SettingsError",
     "StoreError",
     "TopicError",
+    "UnknownClientError",
 ]
 
 
@@ -91,3 +93,9 @@ class DataError(LivestateError):
     """A file or data set given by the user cannot be used."""
 
     exit_code = 7
+
+
+class UnknownClientError(LivestateError):
+    """The client asked for has no row: never seen, not admitted yet, or expired."""
+
+    exit_code = 8

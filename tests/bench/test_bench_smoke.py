@@ -11,7 +11,7 @@ from stream.model.engine import Engine
 from stream.model.layout import Layout
 from stream.settings import parse
 from stream.wire import EventDecoder, RecordBlock, Schema, decode_embedding
-from tests.bench import freshness, http, memory, restore, throughput, trainer
+from tests.bench import freshness, http, memory, publish, restore, throughput, trainer
 from tests.bench.support.stock import Step
 from tests.bench.support.workload import EPOCH_MS, Workload, random_parameters, settings_text
 from tests.support.truth import PlainRows
@@ -117,3 +117,11 @@ def test_the_trainer_bench_reads_and_learns_everything(capsys: pytest.CaptureFix
     assert figures["events"] > 10_000
     for name in ("events_per_s", "events_per_cpu_s", "examples_per_s", "examples_per_cpu_s", "paced_events_per_s"):
         assert figures[name] > 0, name
+
+
+def test_the_publish_bench_tells_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    publish.main(["--rows", "3000", "--broker", "embedded"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for written_as in ("parquet", "csv", "jsonl"):
+        for name in ("rows_per_s", "rows_per_cpu_s", "peak_bytes"):
+            assert figures[f"{written_as}_{name}"] > 0

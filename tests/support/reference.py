@@ -1,7 +1,11 @@
-"""The README's tables of settings and metrics, made from the code: `python -m tests.support.reference` writes them."""
+"""The README's tables of commands, settings and metrics, made from the code.
+
+`python -m tests.support.reference` writes them.
+"""
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import re
 from pathlib import Path
@@ -12,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
 from stream import settings
+from stream.cli import new_parser
 from stream.metrics import TrainerMetrics, WorkerMetrics
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -59,6 +64,17 @@ def metrics_table() -> str:
         for metric in registry.collect():
             names = ", ".join(f"`{n}`" for n in labels[metric.name])
             lines.append(f"| `{_exposed(metric)}` | {of} | {metric.type} | {names} | {metric.documentation} |")
+    return "\n".join(lines)
+
+
+def commands_table() -> str:
+    """One row for each command: name, what it does, an example."""
+    lines = ["| command | what it does | example |", "|---|---|---|"]
+    (commands,) = [one for one in new_parser()._actions if isinstance(one, argparse._SubParsersAction)]
+    helps = {one.dest: one.help for one in commands._choices_actions}
+    for name, parser in commands.choices.items():
+        example = (parser.epilog or "").removeprefix("example: ")
+        lines.append(f"| `{name}` | {helps[name]} | `{example}` |")
     return "\n".join(lines)
 
 
@@ -121,7 +137,11 @@ def _accepted(kind: Any) -> str:
 
 def rewritten(readme: str) -> str:
     """The README with its tables as the code has them."""
-    for name, table in (("settings", settings_table()), ("metrics", metrics_table())):
+    for name, table in (
+        ("commands", commands_table()),
+        ("settings", settings_table()),
+        ("metrics", metrics_table()),
+    ):
         readme = re.sub(
             rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)",
             lambda found, table=table: found[1] + table + found[2],

@@ -387,7 +387,7 @@ http_key_file = "{own.key}"
     assert main([*command, "--json"]) == 0
     for line in capsys.readouterr().out.splitlines():
         assert_is_state(json.loads(line))
-    assert main([*command, "nobody"]) == 7
+    assert main([*command, "nobody"]) == 8
     said = capsys.readouterr()
     assert "client client-1: 2 events" in said.out
     assert "accepted: 0." in said.out

@@ -1,14 +1,45 @@
 """Every Prometheus metric, in one place.
 
-Names have the prefix `livestate_` and base units; labels come from closed sets (topics, partitions, reasons,
-tasks), never from records. Metrics are counted once for each batch, not for each event.
+Names have the prefix `livestate_` and base units; labels are the ones in `LABELS`, whose values come from closed sets
+(partitions, reasons, tasks, routes), never from records. Metrics are counted once for each batch, not for each event;
+sizes that the store knows anyway are read when Prometheus asks.
+
+Each process has a registry of its own and serves it on a port of its own, so processes on one machine never share a
+count. Not guaranteed: counts that outlive their process.
 """
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
-__all__ = ["TrainerMetrics", "WorkerMetrics"]
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from stream.store import Stats
+
+__all__ = ["LABELS", "OTHER_ROUTE", "HttpMetrics", "ProcessMetrics", "TrainerMetrics", "WorkerMetrics"]
+
+#: Every label, and where its values come from.
+LABELS = {
+    "cause": "why a row ended: `age`, `cap`",
+    "outcome": "what becomes of feedback (`trainer.joiner.OUTCOMES`)",
+    "partition": "numbers below topics.partitions",
+    "reason": "why a record is refused (`stream.wire.REASONS`)",
+    "route": "paths that a server answers, as the OpenAPI document writes them, and `other`",
+    "status": "HTTP status codes that a server answers with",
+    "task": "tasks in the settings",
+    "tier": "`memory`, `all`",
+    "topic": "topics in the settings",
+}
+#: Of a path that is no route: paths come from outside.
+OTHER_ROUTE = "other"
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _FRESHNESS = (
@@ -17,11 +48,164 @@ _FRESHNESS = (
 )  # fmt: skip
 
 
-class WorkerMetrics:
-    """What a serving worker tells."""
+class HttpMetrics:
+    """What an HTTP server of worker or trainer tells about the questions it answered."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._requests = Counter(
+            "livestate_http_requests", "HTTP requests answered.", ["route", "status"], registry=registry
+        )
+        self._seconds = Histogram(
+            "livestate_http_request_seconds", "Time to answer an HTTP request.", ["route"], registry=registry,
+            buckets=_SECONDS,
+        )  # fmt: skip
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        """Count an answer; `route` is one the server knows, or OTHER_ROUTE."""
+        self._requests.labels(route, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+
+class ProcessMetrics:
+    """What worker and trainer both tell: HTTP, disk, readiness, and the process itself (`process_…`)."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry or CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.http = HttpMetrics(self.registry)
+        self.ready = Gauge("livestate_ready", "1 where /readyz says so, else 0.", registry=self.registry)
+        self.data_dir = DiskCollector()
+        self.registry.register(self.data_dir)
+
+
+class DiskCollector(Collector):
+    """Room of the file system under a data directory, and what the directory takes of it.
+
+    Nothing before `path` is set. The directory's own size is measured at most every `every_s`, as it means to walk all
+    its files.
+    """
+
+    def __init__(self, every_s: float = 15.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.path: Path | None = None
+        self._every_s = every_s
+        self._clock = clock
+        self._due = float("-inf")
+        self._used = 0
+        self._walking = threading.Lock()
+
+    def describe(self) -> Iterable[Metric]:
+        """The families, without samples."""
+        return self._families()
+
+    def collect(self) -> Iterator[Metric]:
+        """The families, with samples where there is a directory."""
+        size, free, used = self._families()
+        if self.path is not None and self.path.is_dir():
+            room = shutil.disk_usage(self.path)
+            size.add_metric([], room.total)
+            free.add_metric([], room.free)
+            used.add_metric([], self._measured(self.path))
+        yield from (size, free, used)
+
+    def _families(self) -> tuple[GaugeMetricFamily, GaugeMetricFamily, GaugeMetricFamily]:
+        return (
+            GaugeMetricFamily("livestate_disk_size_bytes", "Size of the file system that holds data_dir."),
+            GaugeMetricFamily("livestate_disk_free_bytes", "Room left on the file system that holds data_dir."),
+            GaugeMetricFamily("livestate_disk_used_bytes", "Room that the files in data_dir take."),
+        )
+
+    def _measured(self, path: Path) -> int:
+        with self._walking:
+            if self._clock() >= self._due:
+                self._used = _size(path)
+                self._due = self._clock() + self._every_s
+            return self._used
+
+
+def _size(path: Path) -> int:
+    """Bytes that the files under a directory take; what disappears meanwhile counts as nothing."""
+    total = 0
+    for directory, _, files in os.walk(path):
+        for name in files:
+            try:
+                # Blocks, since files may be sparse.
+                total += os.lstat(os.path.join(directory, name)).st_blocks * 512
+            except OSError:
+                continue
+    return total
+
+
+class StoreCollector(Collector):
+    """Sizes and counts of the partitions' stores, read when Prometheus asks."""
+
+    def __init__(self) -> None:
+        #: Partition and what its store tells, of the partitions served.
+        self.read: Callable[[], Iterable[tuple[int, Stats]]] = tuple
+
+    def describe(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+        """The families, without samples."""
+        return self._families().values()
+
+    def collect(self) -> Iterable[Metric]:
+        """The families, with a sample for each partition."""
+        families = self._families()
+        for number, stats in self.read():
+            partition = str(number)
+            families["rows"].add_metric([partition, "memory"], stats.memory_rows)
+            families["rows"].add_metric([partition, "all"], stats.rows)
+            families["unsaved"].add_metric([partition], stats.unsaved_rows)
+            families["admitted"].add_metric([partition], stats.admitted)
+            families["ended"].add_metric([partition, "age"], stats.expired)
+            families["ended"].add_metric([partition, "cap"], stats.capped)
+            families["evicted"].add_metric([partition], stats.evicted)
+            families["disk_reads"].add_metric([partition], stats.disk_reads)
+            families["held_dropped"].add_metric([partition], stats.held_dropped)
+            families["overhead"].add_metric([partition], stats.overhead_bytes)
+            families["scratch"].add_metric([partition], stats.cold_bytes)
+        return families.values()
+
+    def _families(self) -> dict[str, GaugeMetricFamily | CounterMetricFamily]:
+        by_partition = ["partition"]
+        return {
+            "rows": GaugeMetricFamily(
+                "livestate_rows", "Live rows: in memory, and all (most of which lie on disk).",
+                labels=["partition", "tier"],
+            ),
+            "unsaved": GaugeMetricFamily(
+                "livestate_rows_unsaved", "Rows changed since they were last in a checkpoint.", labels=by_partition
+            ),
+            "admitted": CounterMetricFamily(
+                "livestate_rows_admitted", "Clients that were given a row.", labels=by_partition
+            ),
+            "ended": CounterMetricFamily(
+                "livestate_rows_ended", "Rows ended by age or by store.max_rows.", labels=["partition", "cause"]
+            ),
+            "evicted": CounterMetricFamily(
+                "livestate_rows_evicted", "Rows that left memory and stay on disk.", labels=by_partition
+            ),
+            "disk_reads": CounterMetricFamily(
+                "livestate_store_disk_reads", "Clients looked for on disk, as they were not in memory.",
+                labels=by_partition,
+            ),
+            "held_dropped": CounterMetricFamily(
+                "livestate_held_events_dropped",
+                "Events of clients without a row that store.held_bytes left no room for.", labels=by_partition,
+            ),
+            "overhead": GaugeMetricFamily(
+                "livestate_store_overhead_bytes", "Memory of the rows in memory beyond their vectors.",
+                labels=by_partition,
+            ),
+            "scratch": GaugeMetricFamily(
+                "livestate_store_scratch_bytes", "Disk taken by copies of rows that left memory.", labels=by_partition
+            ),
+        }  # fmt: skip
+
+
+class WorkerMetrics(ProcessMetrics):
+    """What a serving worker tells."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        super().__init__(registry)
         r = self.registry
         self.events = Counter("livestate_events_applied", "Events applied to rows.", registry=r)
         self.replayed = Counter(
@@ -52,26 +236,23 @@ class WorkerMetrics:
             registry=r, buckets=_SECONDS,
         )  # fmt: skip
         self.lag = Gauge("livestate_lag_events", "Records not applied yet.", ["partition"], registry=r)
-        self.rows = Gauge(
-            "livestate_rows",
-            "Live rows: in memory, and all (most of which lie on disk).",
-            ["partition", "tier"],
-            registry=r,
-        )
-        self.expired = Counter("livestate_rows_ended", "Rows ended by age or by store.max_rows.", registry=r)
-        self.held_dropped = Gauge(
-            "livestate_held_events_dropped",
-            "Events of clients without a row that store.held_bytes left no room for.",
-            ["partition"],
-            registry=r,
-        )
+        self.stores = StoreCollector()
+        r.register(self.stores)
         self.partitions = Gauge("livestate_partitions_assigned", "Partitions this worker serves.", registry=r)
+        self.restoring = Gauge(
+            "livestate_partitions_restoring", "Partitions assigned whose rows are not there yet.", registry=r
+        )
         self.checkpoints = Counter("livestate_checkpoints", "Checkpoints completed.", registry=r)
         self.checkpoint_failures = Counter("livestate_checkpoint_failures", "Checkpoints given up.", registry=r)
         self.checkpoint_rows = Counter("livestate_checkpoint_rows", "Rows written to the changelog.", registry=r)
         self.checkpoint_seconds = Histogram(
             "livestate_checkpoint_seconds", "Time of a partition's checkpoint.", registry=r, buckets=_SECONDS
         )
+        self.checkpoint_time = Gauge(
+            "livestate_checkpoint_timestamp_seconds",
+            "When the partition's last checkpoint was complete, or its rows were restored.",
+            ["partition"], registry=r,
+        )  # fmt: skip
         self.restored_rows = Counter("livestate_restored_rows", "Rows read back from the changelog.", registry=r)
         self.restore_seconds = Histogram(
             "livestate_restore_seconds", "Time to restore a partition.", registry=r, buckets=_SECONDS
@@ -98,11 +279,11 @@ class WorkerMetrics:
         )  # fmt: skip
 
 
-class TrainerMetrics:
+class TrainerMetrics(ProcessMetrics):
     """What the trainer tells."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
-        self.registry = registry or CollectorRegistry()
+        super().__init__(registry)
         r = self.registry
         self.events = Counter("livestate_trainer_events", "Events the trainer has applied.", registry=r)
         self.lag = Gauge("livestate_trainer_lag_events", "Records not read yet.", ["topic"], registry=r)
@@ -164,6 +345,11 @@ class TrainerMetrics:
         )
         self.checkpoint_seconds = Histogram(
             "livestate_trainer_checkpoint_seconds", "Time of a checkpoint.", registry=r, buckets=_SECONDS
+        )
+        self.checkpoint_time = Gauge(
+            "livestate_trainer_checkpoint_timestamp_seconds",
+            "When the last checkpoint was complete, or the trainer started.",
+            registry=r,
         )
         self.stream_time = Gauge(
             "livestate_stream_timestamp_seconds", "Largest event time the trainer has seen.", registry=r

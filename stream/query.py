@@ -7,10 +7,12 @@ client (`stream.routing`).
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
 import socket
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +20,11 @@ from urllib.parse import quote
 
 import msgspec
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from yarl import URL
 
 from stream.errors import SettingsError
+from stream.metrics import OTHER_ROUTE, WorkerMetrics
 from stream.openapi import openapi_document
 from stream.routing import FORWARDED, BatchGet, Router, Unavailable
 from stream.security import http_server_tls, http_token
@@ -33,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 #: 1,000 client ids of `limits.client_id_bytes`, each byte as an escape.
 _LARGEST_BODY = 8 * 1024 * 1024
+#: Counted where nobody waits for the answer any more; nginx calls it so, too.
+_GONE = 499
 _WILDCARDS = ("0.0.0.0", "::", "")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -51,10 +56,11 @@ class QueryServer:
     """The HTTP server; port 0 takes a free one (see `address` after `start`)."""
 
     def __init__(
-        self, settings: Settings, registry: CollectorRegistry, health: Callable[[], Health], router: Router
+        self, settings: Settings, metrics: WorkerMetrics, health: Callable[[], Health], router: Router
     ) -> None:
         self._settings = settings.worker
-        self._registry = registry
+        self._counts = metrics.http
+        self._registry = metrics.registry
         self._health = health
         self._router = router
         self._tls = http_server_tls(settings.worker)
@@ -66,7 +72,8 @@ class QueryServer:
 
     async def start(self) -> None:
         """Raises SettingsError when the address cannot be bound."""
-        app = web.Application(middlewares=[self._as_problems, self._authorise], client_max_size=_LARGEST_BODY)
+        around = [self._counted, self._as_problems, self._authorise]
+        app = web.Application(middlewares=around, client_max_size=_LARGEST_BODY)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/livez", self._livez)
         app.router.add_get("/readyz", self._readyz)
@@ -104,6 +111,22 @@ class QueryServer:
     # ---------------------------------------------------------------- around every request
 
     @web.middleware
+    async def _counted(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        started = time.perf_counter()
+        status = _GONE
+        try:
+            answer = await handler(request)
+            status = answer.status
+        except web.HTTPException as error:
+            status = error.status
+            raise
+        finally:
+            resource = request.match_info.route.resource
+            route = OTHER_ROUTE if resource is None else resource.canonical
+            self._counts.answered(route, status, time.perf_counter() - started)
+        return answer
+
+    @web.middleware
     async def _as_problems(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             return await handler(request)
@@ -134,7 +157,9 @@ class QueryServer:
     # ---------------------------------------------------------------- health
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        # On a thread: a store may be busy for a moment, and a data directory has many files.
+        body = await asyncio.get_running_loop().run_in_executor(None, generate_latest, self._registry)
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _livez(self, _: web.Request) -> web.Response:
         live = self._health().live

@@ -101,9 +101,13 @@ class Worker:
             self._versions, self._owned, self._new_rebuild, self.metrics, self._executor, self._stopping
         )
         self.app = self._make_app()
+        self.metrics.data_dir.path = Path(settings.worker.data_dir)
+        # Both are called from the thread that answers Prometheus.
+        self.metrics.ready.set_function(lambda: not self._reasons())
+        self.metrics.stores.read = lambda: [(n, o.partition.store.stats) for n, o in list(self._owned.items())]
         self._query = QueryServer(
             settings,
-            self.metrics.registry,
+            self.metrics,
             self.health,
             Router(settings, Clients(self._owned, settings), self._address_of),
         )
@@ -204,6 +208,7 @@ class Worker:
         self.metrics.rebalances.inc()
         loop = asyncio.get_running_loop()
         missing = [number for number in numbers if number not in self._owned]
+        self.metrics.restoring.set(len(missing))
         await asyncio.gather(*(self._closing.pop(n).closed.wait() for n in missing if n in self._closing))
         restored = await asyncio.gather(
             *(loop.run_in_executor(self._executor, self._restore, number, serving) for number in missing),
@@ -214,6 +219,7 @@ class Worker:
             if not isinstance(result, BaseException):
                 if number in still:
                     self._owned[number] = result
+                    self.metrics.checkpoint_time.labels(str(number)).set(time.time())
                 else:
                     # Taken away while it was restored: who has it now opens it anew.
                     result.close()
@@ -223,6 +229,7 @@ class Worker:
                 raise result
         self._consumer.start_positions = self._start_positions
         self.metrics.partitions.set(len(self._owned))
+        self.metrics.restoring.set(0)
         self._restored = True
         logger.info("serving partitions %s", sorted(self._owned))
 
@@ -296,9 +303,8 @@ class Worker:
         owned.close()
         self._outputs.give_up(number)
         self._closing[number] = owned
-        self.metrics.lag.remove_by_labels({"partition": str(number)})
-        self.metrics.rows.remove_by_labels({"partition": str(number)})
-        self.metrics.held_dropped.remove_by_labels({"partition": str(number)})
+        for gauge in (self.metrics.lag, self.metrics.checkpoint_time):
+            gauge.remove_by_labels({"partition": str(number)})
 
     # ---------------------------------------------------------------- events
 
@@ -347,12 +353,6 @@ class Worker:
         end = self._consumer.highwater_or_none(TP(self.settings.topics.events, block.partition))
         if end is not None:
             metrics.lag.labels(str(block.partition)).set(max(0, end - block.end))
-        owned = self._owned.get(block.partition)
-        if owned is not None:
-            stats = owned.partition.store.stats
-            metrics.rows.labels(str(block.partition), "memory").set(stats.memory_rows)
-            metrics.rows.labels(str(block.partition), "all").set(stats.rows)
-            metrics.held_dropped.labels(str(block.partition)).set(stats.held_dropped)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -371,6 +371,7 @@ class Worker:
         self.metrics.checkpoints.inc()
         self.metrics.checkpoint_rows.inc(done.rows)
         self.metrics.checkpoint_seconds.observe(done.seconds)
+        self.metrics.checkpoint_time.labels(str(owned.partition.number)).set(time.time())
 
     async def _checkpoint_regularly(self) -> None:
         interval_s = self.settings.worker.checkpoint_interval_s
@@ -412,21 +413,15 @@ class Worker:
                 ended = owned.partition.sweep(_SWEEP_BUDGET_MS)
                 if ended:
                     self._outputs.tombstones(number, PackedKeys.from_list(ended))
-                    self.metrics.expired.inc(len(ended))
                 await asyncio.sleep(0)
 
     # ---------------------------------------------------------------- for HTTP
 
     def health(self) -> Health:
         """Whether this worker lives and whether it is ready, with the reason when it is not."""
-        reasons = []
-        if self._versions.serving is None:
-            reasons.append("no parameters yet: is the trainer running?")
-        if not self._restored:
-            reasons.append("partitions are being assigned and restored")
         return Health(
             live=self._failure is None,
-            reasons=tuple(reasons),
+            reasons=tuple(self._reasons()),
             status={
                 "partitions": sorted(self._owned),
                 "parameter_version": self._versions.applied or None,
@@ -437,6 +432,14 @@ class Worker:
                 "trunk": None if self._versions.serving is None else self._versions.serving.latest.engine.trunk_id,
             },
         )
+
+    def _reasons(self) -> list[str]:
+        reasons = []
+        if self._versions.serving is None:
+            reasons.append("no parameters yet: is the trainer running?")
+        if not self._restored:
+            reasons.append("partitions are being assigned and restored")
+        return reasons
 
     def _address_of(self, partition: int) -> str | None:
         address: str | None = self.app.assignor.address_of(self.settings.topics.events, partition)

@@ -6,16 +6,20 @@ Alive means that the process answers; ready, that it reads its topics and its la
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from stream.errors import SettingsError
+from stream.metrics import OTHER_ROUTE, TrainerMetrics
 
 __all__ = ["Health", "Monitoring"]
+
+_ROUTES = ("/metrics", "/livez", "/readyz")
 
 
 @dataclass
@@ -33,24 +37,32 @@ class Monitoring:
     SettingsError: the address cannot be used.
     """
 
-    def __init__(self, host: str, port: int, registry: CollectorRegistry, health: Health) -> None:
+    def __init__(self, host: str, port: int, metrics: TrainerMetrics, health: Health) -> None:
+        metrics.ready.set_function(lambda: health.ready)
+
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                if self.path == "/metrics":
-                    self._answer(200, generate_latest(registry), CONTENT_TYPE_LATEST)
-                elif self.path == "/livez":
-                    self._answer(200, b"alive\n")
-                elif self.path == "/readyz":
-                    self._answer(*((200, b"ready\n") if health.ready else (503, b"not ready\n")))
-                else:
-                    self._answer(404, b"there are /metrics, /livez and /readyz\n")
+                started = time.perf_counter()
+                status = self._respond()
+                route = self.path if self.path in _ROUTES else OTHER_ROUTE
+                metrics.http.answered(route, status, time.perf_counter() - started)
 
-            def _answer(self, status: int, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
+            def _respond(self) -> int:
+                if self.path == "/metrics":
+                    return self._answer(200, generate_latest(metrics.registry), CONTENT_TYPE_LATEST)
+                if self.path == "/livez":
+                    return self._answer(200, b"alive\n")
+                if self.path == "/readyz":
+                    return self._answer(*((200, b"ready\n") if health.ready else (503, b"not ready\n")))
+                return self._answer(404, b"there are /metrics, /livez and /readyz\n")
+
+            def _answer(self, status: int, body: bytes, kind: str = "text/plain; charset=utf-8") -> int:
                 self.send_response(status)
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
+                return status
 
             def log_message(self, format: str, *args: Any) -> None:
                 """Nothing: scrapes come every few seconds."""

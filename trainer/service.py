@@ -91,6 +91,8 @@ class TrainerService:
     ) -> None:
         self.settings = settings
         self.metrics = metrics or TrainerMetrics()
+        self.metrics.data_dir.path = Path(settings.trainer.data_dir)
+        self.metrics.checkpoint_time.set(clock())
         self.health = Health()
         self.trainer: OnlineTrainer | None = None
         self.http_port = 0
@@ -124,7 +126,7 @@ class TrainerService:
         """
         settings = self.settings
         with Monitoring(
-            settings.trainer.http_host, settings.trainer.http_port, self.metrics.registry, self.health
+            settings.trainer.http_host, settings.trainer.http_port, self.metrics, self.health
         ) as monitoring:
             self.http_port = monitoring.port
             wait_until_reachable(settings, broker_timeout_s)
@@ -383,6 +385,7 @@ class TrainerService:
             return
         trainer.checkpoint(0 if self._publisher is None else self._publisher.version)
         self.metrics.checkpoint_seconds.observe(self._monotonic() - started)
+        self.metrics.checkpoint_time.set(self._clock())
 
     def _observe(self, consumer: Consumer, trainer: OnlineTrainer) -> None:
         trainer.observe_metrics()

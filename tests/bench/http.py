@@ -22,9 +22,9 @@ from types import SimpleNamespace
 
 import numpy as np
 from aiohttp import web
-from prometheus_client import CollectorRegistry
 
 from stream.clients import Clients
+from stream.metrics import WorkerMetrics
 from stream.model.engine import Engine
 from stream.model.heads import Questions
 from stream.model.layout import Layout
@@ -60,7 +60,7 @@ async def _serve_worker(clients: int) -> None:
     owned = {0: SimpleNamespace(partition=SimpleNamespace(store=store), served=served)}
     server = QueryServer(
         settings,
-        CollectorRegistry(),
+        WorkerMetrics(),
         lambda: Health(True, (), {}),
         Router(settings, Clients(owned, settings), lambda _: None),  # type: ignore[arg-type]
     )

@@ -12,8 +12,11 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARDS = sorted((ROOT / "deploy/grafana/dashboards").glob("*.json"))
-_METRIC = re.compile(r"\blivestate_[a-z0-9_]+")
+#: What Grafana puts in place of its variables, where everything is shown and Prometheus asks every few seconds.
+VARIABLES = {"$__rate_interval": "20s", "$instance": ".+"}
+_METRIC = re.compile(r"\b(?:livestate|process)_[a-z0-9_]+")
 _RECORDED = re.compile(r"\blivestate:[a-z0-9_:]+")
+_SELECTOR = re.compile(r"\b(?:livestate_|livestate:|up\b)[a-z0-9_:]*(?:\{[^}]*\})?")
 
 
 def read_yaml(path: str) -> Any:
@@ -34,9 +37,19 @@ def panels(dashboard: Path) -> Iterator[dict[str, Any]]:
                 yield one
 
 
+def filled(query: str) -> str:
+    """A query as Grafana sends it."""
+    for name, value in VARIABLES.items():
+        query = query.replace(name, value)
+    assert "$" not in query, query
+    return query
+
+
 def shown_queries() -> list[str]:
     """Queries of panels and recording rules: they have data while the system runs."""
-    of_panels = [target["expr"] for board in DASHBOARDS for panel in panels(board) for target in panel["targets"]]
+    of_panels = [
+        filled(target["expr"]) for board in DASHBOARDS for panel in panels(board) for target in panel["targets"]
+    ]
     return of_panels + [rule["expr"] for rule in rules() if "record" in rule]
 
 
@@ -45,8 +58,13 @@ def alert_queries() -> list[str]:
     return [rule["expr"] for rule in rules() if "alert" in rule]
 
 
+def selectors(query: str) -> list[str]:
+    """The series that a query reads, without their ranges and offsets."""
+    return _SELECTOR.findall(query)
+
+
 def metrics_in(query: str) -> set[str]:
-    """Names of Livestate's own samples in a query."""
+    """Names of samples that worker or trainer have to show, in a query."""
     return set(_METRIC.findall(query))
 
 

@@ -30,16 +30,16 @@ from tests.deploy.queries import (
 
 ALERTS = [rule for rule in rules() if "alert" in rule]
 DATASOURCE = {"type": "prometheus", "uid": "livestate-prometheus"}
-UNITS = {"cps", "none", "percentunit", "s", "short"}
+UNITS = {"bytes", "cps", "dateTimeAsIso", "none", "percentunit", "reqps", "s", "short"}
 
 
-def promtool(*arguments: str) -> subprocess.CompletedProcess[str]:
+def promtool(*arguments: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run promtool in deploy/; without it the test is skipped, and in CI it fails."""
     if shutil.which("promtool") is None:
         if os.environ.get("CI"):
             pytest.fail("promtool is not installed (Debian package prometheus)")
         pytest.skip("promtool is not installed (Debian package prometheus)")
-    return subprocess.run(["promtool", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(["promtool", *arguments], cwd=ROOT, input=given, capture_output=True, text=True, timeout=120)
 
 
 def samples() -> set[str]:

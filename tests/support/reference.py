@@ -17,7 +17,7 @@ from prometheus_client.metrics_core import Metric
 
 from stream import settings
 from stream.cli import new_parser
-from stream.metrics import TrainerMetrics, WorkerMetrics
+from stream.metrics import ProcessMetrics, TrainerMetrics, WorkerMetrics
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
@@ -55,15 +55,15 @@ def settings_table() -> str:
 
 
 def metrics_table() -> str:
-    """One row for each metric: name, type, labels, meaning."""
+    """One row for each metric of Livestate's own: name, type, labels, meaning."""
     lines = ["| metric | of | type | labels | meaning |", "|---|---|---|---|---|"]
     for of, kind in (("worker", WorkerMetrics), ("trainer", TrainerMetrics)):
-        registry = CollectorRegistry()
-        made = kind(registry)
-        labels = {m._name: m._labelnames for m in vars(made).values() if hasattr(m, "_labelnames")}
-        for metric in registry.collect():
-            names = ", ".join(f"`{n}`" for n in labels[metric.name])
-            lines.append(f"| `{_exposed(metric)}` | {of} | {metric.type} | {names} | {metric.documentation} |")
+        made = kind(CollectorRegistry())
+        labels = label_names(made)
+        for metric in made.registry.collect():
+            if metric.name in labels:
+                names = ", ".join(f"`{n}`" for n in labels[metric.name])
+                lines.append(f"| `{_exposed(metric)}` | {of} | {metric.type} | {names} | {metric.documentation} |")
     return "\n".join(lines)
 
 
@@ -76,6 +76,17 @@ def commands_table() -> str:
         example = (parser.epilog or "").removeprefix("example: ")
         lines.append(f"| `{name}` | {helps[name]} | `{example}` |")
     return "\n".join(lines)
+
+
+def label_names(metrics: ProcessMetrics) -> dict[str, tuple[str, ...]]:
+    """Labels of each metric of Livestate's own, by its name without a suffix."""
+    found: dict[str, tuple[str, ...]] = {}
+    for collector in metrics.registry._collector_to_names:
+        if hasattr(collector, "_labelnames"):
+            found[collector._name] = collector._labelnames
+        elif hasattr(collector, "describe"):
+            found |= {family.name: tuple(family._labelnames) for family in collector.describe()}
+    return found
 
 
 def _exposed(metric: Metric) -> str:

@@ -22,12 +22,12 @@ import schemathesis
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry
 from schemathesis import GenerationMode
 from schemathesis.config import SchemathesisConfig
 
 from stream.cli import main
 from stream.clients import Clients
+from stream.metrics import WorkerMetrics
 from stream.model.engine import Engine
 from stream.model.heads import Questions
 from stream.model.layout import Layout
@@ -133,7 +133,7 @@ class Site:
 
         async def start() -> QueryServer:
             router = Router(settings, Clients(owned, settings), self.told.get)
-            server = QueryServer(settings, CollectorRegistry(), health, router)
+            server = QueryServer(settings, WorkerMetrics(), health, router)
             await server.start()
             return server
 

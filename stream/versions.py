@@ -71,7 +71,9 @@ class Versions:
         before = self.serving.latest if self.serving is not None else None
         if staged is None or (before is not None and staged[0].version <= before.version):
             return
-        parameters, self._marker = staged
+        settled = self._reader.settle(before.engine.trunk_id if before is not None else None)
+        assert settled is not None
+        parameters, self._marker = settled
         heads = self._questions.heads(parameters)
         if self.serving is not None and parameters.trunk_id == self.serving.latest.engine.trunk_id:
             engine = self.serving.latest.engine

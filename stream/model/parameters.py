@@ -1,8 +1,9 @@
-"""Parameter sets: named tensors with a version, as the trainer publishes and the workers apply them.
+"""Parameter sets: named tensors and tables of rows with a version, as the trainer publishes and the workers apply them.
 
 The names before the first `/` say what a tensor belongs to: `trunk` (encoder and cell), or `head` (then the
-task). Guaranteed: a set is immutable; `trunk_id` changes with any bit of the trunk, so a state can say which
-trunk it was made by.
+task). Guaranteed: the tensors of a set are immutable; `trunk_id` changes with any bit of the trunk, so a state can
+say which trunk it was made by. Not guaranteed: that rows stay: a set's tables are those of its version until a later
+version's rows are settled in them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream.errors import ParametersError
+from stream.model.rows import RowTable
 
 __all__ = ["ParameterSet", "Tensor", "decode_tensor", "encode_tensor", "tensor_checksum"]
 
@@ -33,9 +35,12 @@ class ParameterSet(Mapping[str, Tensor]):
     ----------
     tensors: name to array; arrays are copied once and made read-only.
     version: 0 for a set that was never published.
+    tables: rows of category values, by the table's name.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], version: int = 0) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], version: int = 0, tables: Mapping[str, RowTable] | None = None
+    ) -> None:
         frozen: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             array = tensor
@@ -48,6 +53,7 @@ class ParameterSet(Mapping[str, Tensor]):
             frozen[name] = array
         self._tensors = frozen
         self.version = version
+        self.tables: Mapping[str, RowTable] = dict(tables or {})
 
     def __getitem__(self, name: str) -> Tensor:
         try:
@@ -67,10 +73,19 @@ class ParameterSet(Mapping[str, Tensor]):
     def updated(
         self, tensors: Mapping[str, Tensor], version: int, removed: frozenset[str] = frozenset()
     ) -> ParameterSet:
-        """This set with some tensors replaced, added or removed, at another version."""
+        """This set with some tensors replaced, added or removed, at another version; the tables are the same."""
         merged = {name: tensor for name, tensor in self._tensors.items() if name not in removed}
         merged.update(tensors)
-        return ParameterSet(merged, version)
+        return ParameterSet(merged, version, self.tables)
+
+    def forked(self) -> ParameterSet:
+        """This set with tables of its own, so that later rows do not reach it."""
+        return ParameterSet(self._tensors, self.version, {name: table.copy() for name, table in self.tables.items()})
+
+    def settle(self) -> None:
+        """Serve the rows that are staged; where nothing is gathered meanwhile."""
+        for table in self.tables.values():
+            table.settle()
 
     @property
     def trunk_id(self) -> str:

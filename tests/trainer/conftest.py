@@ -79,7 +79,7 @@ class LiveShop:
         assembler = VersionAssembler()
         markers = []
         for message in self.read(self.settings.topics.parameters):
-            assembler.feed(message.key(), message.value())
+            assembler.feed(message.key(), message.value(), message.headers() or ())
             if message.key() == MARKER_KEY:
                 markers.append(decode_marker(message.value() or b""))
         return assembler, markers

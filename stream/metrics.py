@@ -301,7 +301,13 @@ class TrainerMetrics(ProcessMetrics):
         )
         self.pending_feedback = Gauge("livestate_pending_feedback", "Feedback whose event has not come.", registry=r)
         self.held_labels = Gauge(
-            "livestate_held_labels", "Labels that are known and wait until their window has closed.", registry=r
+            "livestate_held_labels", "Labels that are known and wait until they are final.", registry=r
+        )
+        self.early_labels = Counter(
+            "livestate_early_labels",
+            "Labels taken as final before their window had closed.",
+            ["task", "label"],
+            registry=r,
         )
         self.learned = Counter("livestate_examples_learned", "Examples learned from.", ["task"], registry=r)
         self.dropped = Counter(

@@ -16,6 +16,7 @@ is read again from there.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,13 @@ from rocksdict import DbClosedError, Options, Rdict, WriteBatch
 
 from stream.errors import StoreError
 
-__all__ = ["Changes", "Database", "pack_array", "unpack_array"]
+__all__ = ["Changes", "Database", "Overlay", "pack_array", "unpack_array"]
 
 #: Keys to write (None: to delete).
 Changes = dict[bytes, bytes | None]
 
 _FORMAT_KEY = b"m/format"
-_FORMAT = b"1"
+_FORMAT = b"2"
 
 
 class Database:
@@ -120,6 +121,51 @@ class Database:
             self._db.close()
         except DbClosedError:
             return
+
+
+class Overlay:
+    """A database as it will be after the next checkpoint: what was written, and the changes since, in memory."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self._changed: Changes = {}
+
+    def __len__(self) -> int:
+        """How many keys have changed since the last checkpoint."""
+        return len(self._changed)
+
+    def get(self, key: bytes) -> bytes | None:
+        """The value under a key."""
+        if key in self._changed:
+            return self._changed[key]
+        return self.database.get(key)
+
+    def put(self, key: bytes, value: bytes | None) -> None:
+        """Change the value under a key; None deletes it."""
+        self._changed[key] = value
+
+    def changed(self, key: bytes, value: bytes) -> bytes | None:
+        """What has become of a value that the database has."""
+        return self._changed.get(key, value)
+
+    def scan(self, prefix: bytes, start: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Pairs whose key begins with `prefix`, in order of the keys, from `start` on. Nothing may be put meanwhile."""
+        own = sorted(key for key in self._changed if key.startswith(prefix) and key >= start)
+        last = b""
+        changed = ((key, self._changed[key]) for key in own)
+        for key, value in heapq.merge(changed, self.database.scan(prefix, start), key=lambda pair: pair[0]):
+            # Of two, the change comes first.
+            if key != last and value is not None:
+                yield key, value
+            last = key
+
+    def save(self, changes: Changes) -> None:
+        """Add every change to a checkpoint."""
+        changes.update(self._changed)
+
+    def saved(self) -> None:
+        """The checkpoint is written."""
+        self._changed.clear()
 
 
 def pack_array(array: NDArray[Any]) -> bytes:

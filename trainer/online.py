@@ -29,6 +29,7 @@ from stream.model.parameters import ParameterSet, Tensor
 from stream.settings import Settings, row_ttls
 from stream.wire import EventColumns, EventDecoder, Schema, decode_feedback
 from trainer.checkpoint import Changes, Database, pack_array, unpack_array
+from trainer.delays import Delays
 from trainer.joiner import Example, Joined, Joiner
 from trainer.learner import TaskLearner
 from trainer.record import Recorder
@@ -126,7 +127,16 @@ class OnlineTrainer:
             database,
             {name: int(task.feedback_ttl_s * 1000) for name, task in settings.tasks.items()},
             lambda task, outcome: self.metrics.feedback.labels(task, outcome).inc(),
-            [name for name, task in settings.tasks.items() if task.labels == "closed"],
+            [name for name, task in settings.tasks.items() if task.labels != "as_they_come"],
+            {
+                question.task: Delays(
+                    question.strata,
+                    int(settings.tasks[question.task].feedback_ttl_s * 1000),
+                    settings.tasks[question.task].final_share,
+                )
+                for question in self.questions.tasks
+                if settings.tasks[question.task].labels == "final" and settings.tasks[question.task].kind == "binary"
+            },
         )
         self.joiner.watermarks = watermarks
         self.joiner.waiting = waiting
@@ -212,16 +222,17 @@ class OnlineTrainer:
         late: NDArray[np.bool_],
         watermark_before: NDArray[np.int64],
     ) -> None:
-        asked: list[tuple[int, str, NDArray[np.float32], float]] = []
+        asked: list[tuple[int, str, NDArray[np.float32], float, int]] = []
         for question in self.questions.tasks if len(triggers.event) else ():
             own, inputs = question.ask(columns, triggers)
             head = self._heads.get(question.task)
             predictions = head.predict(inputs).tolist() if head is not None else [float("nan")] * len(own)
-            events = triggers.event[own].tolist()
-            asked += zip(events, [question.task] * len(own), inputs, predictions, strict=True)
+            events = triggers.event[own]
+            strata = question.strata_of(columns, events).tolist()
+            asked += zip(events.tolist(), [question.task] * len(own), inputs, predictions, strata, strict=True)
         asked.sort(key=lambda one: one[0])
         crossings = _Crossings(self.joiner, records, columns, watermark_before)
-        for event, task, inputs, prediction in asked:
+        for event, task, inputs, prediction, stratum in asked:
             self._release(crossings, event)
             record = records[event]
             if late[event]:
@@ -242,16 +253,27 @@ class OnlineTrainer:
                     inputs,
                     prediction,
                     self._served_version,
+                    stratum,
                 ),
             )
             if joined is not None:
                 self._learn(joined)
+            crossings.pass_by(event)
         self._release(crossings, columns.n)
 
     def _release(self, crossings: _Crossings, before: int) -> None:
-        """Learn the held labels that events before the one at index `before` release."""
+        """Learn the labels that events before the one at index `before` make final."""
+        self._settle(crossings.watermarks, crossings.passed_ms)
         while (found := crossings.first()) is not None and found.event < before:
-            for joined in self.joiner.release(found.partition, found.watermark_ms, found.released_ms):
+            crossings.pass_by(found.event)
+            for joined in self.joiner.finality.release(found.partition, found.watermark_ms, found.released_ms):
+                self._learn(joined)
+            self._settle(crossings.watermarks, found.released_ms)
+
+    def _settle(self, watermarks: Callable[[], dict[int, int]], released_ms: int) -> None:
+        """Learn the labels that are final because of what the last ones told about delays."""
+        if self.joiner.finality.is_unsettled:
+            for joined in self.joiner.finality.settle(watermarks(), released_ms):
                 self._learn(joined)
 
     def apply_feedback(self, records: Sequence[Record]) -> None:
@@ -266,11 +288,14 @@ class OnlineTrainer:
             joined = self.joiner.feedback(record.partition, feedback, record.timestamp_ms)
             if joined is not None:
                 self._learn(joined)
+            self._settle(lambda: self.joiner.watermarks, record.timestamp_ms)
         self._move(FEEDBACK, records)
 
     def _learn(self, joined: Joined) -> None:
         example = joined.example
         learner = self.learners[example.task]
+        if joined.early:
+            self.metrics.early_labels.labels(example.task, "positive" if joined.label else "negative").inc()
         learner.learn(example.inputs, joined.label, joined.weight, example.prediction, joined.published_ms)
         if self.recorder is not None:
             self.recorder.example(joined)
@@ -350,7 +375,7 @@ class OnlineTrainer:
         """Set the gauges."""
         self.metrics.pending_examples.set(self.joiner.waiting)
         self.metrics.pending_feedback.set(self.joiner.pending)
-        self.metrics.held_labels.set(self.joiner.held)
+        self.metrics.held_labels.set(self.joiner.finality.held)
         for task, learner in self.learners.items():
             if len(learner.prequential):
                 self.metrics.prequential_loss.labels(task).set(learner.prequential.log_loss())
@@ -374,7 +399,7 @@ class _Crossing:
 
 
 class _Crossings:
-    """Finds, in a batch, where watermarks pass what the joiner holds: at the event itself, wherever batches are
+    """Finds, in a batch, where watermarks pass what the joiner waits for: at the event itself, wherever batches are
     cut."""
 
     def __init__(
@@ -386,6 +411,7 @@ class _Crossings:
     ) -> None:
         self._joiner = joiner
         self._records = records
+        self._passed = 0
         accepted = np.flatnonzero(columns.accepted)
         partitions = np.array([records[i].partition for i in accepted.tolist()], np.int64)
         self._events = {p: accepted[partitions == p] for p in np.unique(partitions).tolist()}
@@ -393,16 +419,37 @@ class _Crossings:
             p: np.maximum(watermark_before[own], columns.timestamp_ms[own]) for p, own in self._events.items()
         }
 
+    def pass_by(self, event: int) -> None:
+        """Nothing is found before this event from now on: what falls due later is due there."""
+        self._passed = event
+
+    @property
+    def passed_ms(self) -> int:
+        """Kafka's time of the event passed last."""
+        return self._records[self._passed].timestamp_ms
+
+    def watermarks(self) -> dict[int, int]:
+        """Each partition's watermark right after the event passed last."""
+        found = dict(self._joiner.watermarks)
+        for partition, events in self._events.items():
+            at = int(np.searchsorted(events, self._passed, "right"))
+            if at:
+                found[partition] = int(self._watermarks[partition][at - 1])
+        return found
+
     def first(self) -> _Crossing | None:
-        """The first event of the batch that releases something of what is held now."""
+        """The first event of the batch that makes final something of what is waited for now."""
         found: _Crossing | None = None
         for partition, events in self._events.items():
-            end_ms = self._joiner.next_release_ms(partition)
+            end_ms = self._joiner.finality.next_release_ms(partition)
             if end_ms is None:
                 continue
             watermarks = self._watermarks[partition]
             at = int(np.searchsorted(watermarks, end_ms, "right"))
-            if at < len(events) and (found is None or events[at] < found.event):
-                event = int(events[at])
+            if at == len(events):
+                continue
+            event = max(int(events[at]), self._passed)
+            if found is None or event < found.event:
+                at = int(np.searchsorted(events, event, "right")) - 1
                 found = _Crossing(event, partition, int(watermarks[at]), self._records[event].timestamp_ms)
         return found

@@ -13,7 +13,7 @@ from stream.errors import ParametersError
 from stream.model.engine import Triggers
 from stream.model.layout import Layout
 from stream.model.parameters import ParameterSet
-from stream.model.readout import Readout, TaskInputs
+from stream.model.readout import CategoryCodes, Readout, TaskInputs
 from stream.wire import EventColumns
 
 __all__ = ["CLIP", "LogisticHead", "Questions", "TaskQuestion", "head_tensors", "sigmoid", "standardise"]
@@ -84,6 +84,8 @@ class TaskQuestion:
         self.task = task
         self._modality = layout.schema.by_name[settings.on].index
         self._inputs = TaskInputs(layout, settings)
+        by = settings.final_by
+        self._strata = None if by is None else CategoryCodes(layout, settings.on, by)
         self._readout = readout
         self.names = (*readout.names, *self._inputs.names)
         #: (F,) which inputs are hidden state or sketch.
@@ -93,6 +95,18 @@ class TaskQuestion:
     def width(self) -> int:
         """Number of the head's inputs, F."""
         return len(self.names)
+
+    @property
+    def strata(self) -> int:
+        """How many kinds of delays are told apart: values of `final_by`, and all others."""
+        return 1 if self._strata is None else len(self._strata) + 1
+
+    def strata_of(self, columns: EventColumns, event: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(k,) which of them the events at indices `event` (k,) of the batch belong to."""
+        if self._strata is None:
+            return np.zeros(len(event), np.int64)
+        codes = self._strata.of(columns)[event].astype(np.int64)
+        return np.where(codes < 0, len(self._strata), codes)
 
     def ask(self, columns: EventColumns, triggers: Triggers) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Indices (k,) into the triggers that this task predicts at, and the head's inputs (k, F) there."""

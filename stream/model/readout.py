@@ -115,6 +115,29 @@ def _slot_names(layout: Layout, name: str, by: str | None, modality: str) -> lis
     return [f"{name}[{value}]" for value in (*values, "other")]
 
 
+class CategoryCodes:
+    """Which of its declared values a category field of one modality has."""
+
+    def __init__(self, layout: Layout, modality: str, field: str) -> None:
+        compiled = layout.schema.by_name[modality]
+        self._modality = compiled.index
+        self._column = compiled.category_fields[field]
+        values = layout.settings.modalities[modality].fields[field].values
+        self._table = ValueTable([value.encode() for value in values])
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def of(self, columns: EventColumns) -> NDArray[np.int32]:
+        """(n,) index of each event's value; -1 for other values, absent fields and other modalities."""
+        code = np.full(len(columns.modality), -1, np.int32)
+        self._table.lookup(
+            columns.modality, self._modality, self._column, columns.text, columns.category_start,
+            columns.category_length, columns.category_hash, -1, code,
+        )  # fmt: skip
+        return code
+
+
 class TaskInputs:
     """What a task's head sees of the event that asks for the prediction: the fields named in `inputs`.
 
@@ -126,11 +149,7 @@ class TaskInputs:
         self._modality = modality.index
         fields = layout.settings.modalities[task.on].fields
         self._numbers = [(modality.number_fields[n]) for n in task.inputs if fields[n].type == "number"]
-        self._categories = [
-            (modality.category_fields[n], ValueTable([v.encode() for v in fields[n].values]))
-            for n in task.inputs
-            if fields[n].type == "category"
-        ]
+        self._categories = [CategoryCodes(layout, task.on, n) for n in task.inputs if fields[n].type == "category"]
         self.names = (
             *(n for n in task.inputs if fields[n].type == "number"),
             *(f"{n}={v}" for n in task.inputs if fields[n].type == "category" for v in fields[n].values),
@@ -142,13 +161,8 @@ class TaskInputs:
         if self._numbers:
             numbers = np.nan_to_num(columns.numbers[event][:, self._numbers], nan=0.0)
             parts.append(np.copysign(np.log1p(np.abs(numbers)), numbers).astype(np.float32))
-        for column, table in self._categories:
-            code = np.full(len(columns.modality), -1, np.int32)
-            table.lookup(
-                columns.modality, self._modality, column, columns.text, columns.category_start,
-                columns.category_length, columns.category_hash, -1, code,
-            )  # fmt: skip
-            parts.append((code[event][:, None] == np.arange(len(table))).astype(np.float32))
+        for category in self._categories:
+            parts.append((category.of(columns)[event][:, None] == np.arange(len(category))).astype(np.float32))
         if not parts:
             return np.zeros((len(event), 0), np.float32)
         return np.concatenate(parts, axis=1)

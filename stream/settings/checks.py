@@ -41,6 +41,12 @@ def check(settings: Settings) -> None:
             if asked is None or asked.type == "text" or (asked.type == "category" and not asked.values):
                 accepted = f"a number field of {task.on}, or a category field of it with declared `values`"
                 _refuse(f"{name}.inputs", field_name, accepted)
+        if task.final_by is not None:
+            by = settings.modalities[task.on].fields.get(task.final_by)
+            if by is None or by.type != "category" or not by.values:
+                _refuse(f"{name}.final_by", task.final_by, f"a category field of {task.on} with declared `values`")
+            if task.labels != "final":
+                _refuse(f"{name}.final_by", task.final_by, f"nothing with labels = {task.labels!r}")
     known = {
         f"{modality_name}.{field_name}"
         for modality_name, modality in settings.modalities.items()

@@ -219,9 +219,17 @@ class Task(_Section, frozen=True):
     kind: Literal["binary"] = "binary"
     #: What predicts: a Bayesian logistic regression, one exact update for each label.
     head: Literal["logistic"] = "logistic"
-    #: When a label is learned: once its feedback's window has closed, since positives known early are a biased
-    #: sample, or as it comes. Feedback without a window is learned at once.
-    labels: Literal["closed", "as_they_come"] = "closed"
+    #: When a label is learned, since positives known early are a biased sample: once its feedback's window has
+    #: `closed`; once it is `final`, which is then or when the prediction is so old that more than `final_share` of the
+    #: positives have usually come (without one it is learned as negative, and a positive that comes after all is
+    #: learned as well); or `as_they_come`. Feedback without a window is learned at once. Other than binary labels are
+    #: final when their window closes.
+    labels: Literal["final", "closed", "as_they_come"] = "final"
+    #: Labels `final`: share of the positives, as delays in windows that have closed tell it.
+    final_share: Annotated[float, Meta(gt=0, lt=1)] = 0.85
+    #: Labels `final`: a category field of `on` with declared `values`; delays are learned for each value (and for all
+    #: others), drawn towards what is common to all. Windows of one value should be of similar length.
+    final_by: Name | None = None
     #: Prior variance of each weight of the Bayesian logistic head (inputs are standardised).
     prior_variance: Annotated[float, Meta(gt=0, le=100)] = 0.01
     #: The same for weights on hidden state and sketches, whose many columns say little each; by default a tenth.

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from stream.model.engine import Engine
 from stream.model.layout import Layout
-from stream.settings import parse
+from stream.settings import load, parse
 from stream.wire import EventDecoder, RecordBlock, Schema, decode_embedding
-from tests.bench import freshness, http, memory, publish, restore, throughput, trainer
+from tests.bench import freshness, http, labels, memory, publish, restore, throughput, trainer
 from tests.bench.support.stock import Step
 from tests.bench.support.workload import EPOCH_MS, Workload, random_parameters, settings_text
 from tests.support.truth import PlainRows
+from trainer.files import save_parameters
+from trainer.pretrain import random_trunk
 
 
 def _block(workload: Workload, events: int) -> tuple[RecordBlock, list[bytes], list[bytes]]:
@@ -125,3 +128,16 @@ def test_the_publish_bench_tells_every_figure(capsys: pytest.CaptureFixture[str]
     for written_as in ("parquet", "csv", "jsonl"):
         for name in ("rows_per_s", "rows_per_cpu_s", "peak_bytes"):
             assert figures[f"{written_as}_{name}"] > 0
+
+
+def test_the_bench_of_labels_compares_the_ways_on_the_same_predictions(tmp_path: Path) -> None:
+    # Given the first weeks of the year, and a trunk that was not trained
+    settings = load(labels.SHOP, {})
+    save_parameters(tmp_path / "trunk", random_trunk(settings, []))
+    # When three ways of learning labels are compared on its first campaigns
+    result = labels.main(["--days", "45", "--judged-from", "0", "--trunk", str(tmp_path / "trunk")])
+    # Then all of them served the same predictions, and learned more the less they waited
+    assert result["predictions"] > 20
+    assert result["closed"]["early"] == 0
+    assert result["as_they_come"]["learned"] > result["closed"]["learned"]
+    assert len(result["final"]["auc_gain"]) == 3

@@ -66,7 +66,7 @@ class Desk:
 
     def release(self, watermark: int, released: int = 98) -> list[str]:
         """Clients whose held labels the watermark releases."""
-        return [one.example.client_id.decode() for one in self.joiner.release(0, watermark, released)]
+        return [one.example.client_id.decode() for one in self.joiner.finality.release(0, watermark, released)]
 
 
 @pytest.fixture
@@ -281,11 +281,11 @@ def test_a_label_is_held_until_the_watermark_is_past_its_window(desk: Desk, stor
     if stored:
         desk.checkpoint()
         desk.reopen()
-    assert (desk.counts, desk.joiner.held, desk.joiner.waiting) == ({"joined": 1}, 1, 0)
-    assert desk.joiner.next_release_ms(0) == NOW + 9 * HOUR
+    assert (desk.counts, desk.joiner.finality.held, desk.joiner.waiting) == ({"joined": 1}, 1, 0)
+    assert desk.joiner.finality.next_release_ms(0) == NOW + 9 * HOUR
     # When the watermark is at the window's end, then it is held still, and a millisecond later it is not
     assert desk.release(NOW + 9 * HOUR) == []
-    (joined,) = desk.joiner.release(0, NOW + 9 * HOUR + 1, 123)
+    (joined,) = desk.joiner.finality.release(0, NOW + 9 * HOUR + 1, 123)
     assert joined.example.inputs.tolist() == [5.0, 2.0]
     assert (joined.example.client_id, joined.example.as_of_ms, joined.example.task) == (b"ann", NOW, "t")
     assert (joined.example.prediction, joined.example.version) == (0.25, 7)
@@ -294,7 +294,7 @@ def test_a_label_is_held_until_the_watermark_is_past_its_window(desk: Desk, stor
     # And it is released once
     desk.checkpoint()
     desk.reopen()
-    assert (desk.joiner.held, desk.release(NOW + TTL)) == (0, [])
+    assert (desk.joiner.finality.held, desk.release(NOW + TTL)) == (0, [])
     assert desk.feedback(window_end=NOW + 9 * HOUR) is None
     assert desk.counts == {"joined": 1, "duplicate": 1}
 
@@ -317,8 +317,8 @@ def test_held_labels_are_released_in_the_order_of_their_windows(desk: Desk) -> N
     desk.reopen()
     # Then the watermark releases them by window, then by when they were known, then by client
     assert desk.release(NOW + 6 * HOUR) == ["a", "b", "c", "d"]
-    assert desk.joiner.next_release_ms(0) == NOW + 8 * HOUR
-    assert desk.joiner.next_release_ms(1) is None
+    assert desk.joiner.finality.next_release_ms(0) == NOW + 8 * HOUR
+    assert desk.joiner.finality.next_release_ms(1) is None
 
 
 def test_a_label_is_final_at_once_when_nothing_is_to_be_waited_for(desk: Desk) -> None:
@@ -330,7 +330,7 @@ def test_a_label_is_final_at_once_when_nothing_is_to_be_waited_for(desk: Desk) -
         joined = desk.feedback(client=client, task=task, window_end=window)
         assert joined is not None
         assert (joined.final_ms, joined.published_ms) == (NOW + HOUR, 99)
-    assert desk.joiner.held == 0
+    assert desk.joiner.finality.held == 0
 
 
 @pytest.mark.parametrize("stored", [False, True])
@@ -342,7 +342,7 @@ def test_feedback_before_its_event_is_held_after_it(desk: Desk, stored: bool) ->
         desk.reopen()
     # When the event comes, then the label is joined early, and held
     assert desk.event() is None
-    assert (desk.counts, desk.joiner.held, desk.joiner.pending) == ({"early": 1}, 1, 0)
+    assert (desk.counts, desk.joiner.finality.held, desk.joiner.pending) == ({"early": 1}, 1, 0)
     assert desk.release(NOW + 4 * HOUR) == ["ann"]
 
 
@@ -363,5 +363,5 @@ def test_held_labels_are_bounded_by_a_partition(new_desk: Callable[..., Desk]) -
 def test_a_held_label_is_released_as_of_the_later_of_its_record_and_the_event(desk: Desk) -> None:
     desk.event()
     desk.feedback(window_end=NOW + 2 * HOUR)
-    (joined,) = desk.joiner.release(0, NOW + 3 * HOUR, 5)
+    (joined,) = desk.joiner.finality.release(0, NOW + 3 * HOUR, 5)
     assert joined.published_ms == 99

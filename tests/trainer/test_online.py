@@ -221,7 +221,8 @@ def test_examples_are_the_rows_right_after_their_event(tmp_path: Path) -> None:
 
 def test_learned_heads_predict_and_are_served_as_published(tmp_path: Path) -> None:
     # Given a stream in which one kind of send is redeemed far more often
-    trainer = open_trainer(tmp_path / "db", shop.settings(), record=tmp_path / "record")
+    closed = shop.settings(TASKS__REDEEMED__LABELS="closed")
+    trainer = open_trainer(tmp_path / "db", closed, record=tmp_path / "record")
     for number, part in enumerate(np.array_split(np.arange(600), 10)):
         events, feedback = year(len(part), seed=number)
         base = {key: trainer.positions.get(key, 0) for key in [(k, p) for k in (0, 1) for p in (0, 1)]}
@@ -484,7 +485,7 @@ def test_labels_are_learned_as_they_come_where_the_task_says_so(tmp_path: Path) 
     trainer.apply_events(records([("ann", send("ann", START_MS)), ("bob", send("bob", START_MS + 5))]))
     label = answer("ann", START_MS, True, window_end_ms=START_MS + 10 * DAY_MS)
     trainer.apply_feedback(records([("ann", label)]))
-    assert (trainer.learners["redeemed"].labels, trainer.joiner.held) == (1, 0)
+    assert (trainer.learners["redeemed"].labels, trainer.joiner.finality.held) == (1, 0)
     trainer.close()
 
 

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test lint types unit soak fuzz clean
+.PHONY: run test lint types unit soak faults fuzz clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed, this is " + sys.version)'
@@ -34,6 +34,10 @@ SEED ?= 1
 
 soak: $(READY)
 	$(BIN)/python -m tests.fault.soak --seed $(SEED)
+
+# A trainer killed at twenty random moments, and one whose broker is away for a minute.
+faults: $(READY)
+	$(BIN)/python -m pytest tests/trainer/test_crash.py tests/trainer/test_parameter_faults.py --seed $(SEED) --broker-away 60
 
 # A million fuzzed records among good ones.
 fuzz: $(READY)

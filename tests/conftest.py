@@ -15,6 +15,12 @@ from tests.support.brokers import require_apache
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What `make faults` turns up."""
+    parser.addoption("--seed", type=int, default=11, help="of the random moments at which a trainer is killed")
+    parser.addoption("--broker-away", type=float, default=4.0, help="seconds a broker is away from a trainer")
+
+
 @pytest.fixture(scope="session")
 def embedded_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     """One running embedded broker for the session; tests take topics of their own."""

@@ -1,10 +1,12 @@
 """The small shop on a real broker: topics of its own, publishers, readers, trainer processes."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,13 @@ from stream.parameter_log import MARKER_KEY, Marker, VersionAssembler, decode_ma
 from stream.settings import Settings, parse
 from trainer.timeline import Record
 
+from .program import run_as
 from .shop import TOML
 
 ROOT = Path(__file__).parents[2]
+#: Makes processes by forking one that has imported everything: most of a trainer's start is imports.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["trainer.files", "trainer.service", "tests.trainer.program"])
 
 
 class LiveShop:
@@ -43,6 +49,7 @@ class LiveShop:
         self.settings: Settings = parse(TOML, self.environment)
         ensure_topics(self.settings, create=True)
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._forked: list[ForkServerProcess] = []
 
     def publish(self, topic: str, records: Iterable[Record]) -> None:
         """Write records to their partitions with their own times, and wait until the broker has them."""
@@ -97,6 +104,14 @@ class LiveShop:
         self._processes.append(process)
         return process
 
+    def forked(self, *arguments: str) -> ForkServerProcess:
+        """The same, started in a fraction of the time."""
+        command = ["trainer", "--settings", str(self.file), *arguments]
+        process = _FORKS.Process(target=run_as, args=(command, self.environment, self.directory / "trainer.log"))
+        process.start()
+        self._forked.append(process)
+        return process
+
     def log(self) -> str:
         return (self.directory / "trainer.log").read_text()
 
@@ -105,6 +120,9 @@ class LiveShop:
             if process.poll() is None:
                 process.kill()
             process.wait()
+        for forked in self._forked:
+            forked.kill()
+            forked.join()
 
 
 NewShop = Callable[..., LiveShop]

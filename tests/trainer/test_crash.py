@@ -1,9 +1,10 @@
 """A trainer that is killed again and again ends as one that is left alone."""
 
+import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.context import ForkServerProcess
 
 import numpy as np
 import pytest
@@ -19,21 +20,27 @@ from .shop import refuse_nothing
 from .test_online import year
 
 CLIENTS = 12_000
-KILLS = 6
+KILLS = 20
+#: Events that all the kills together may let it apply, of four times as many.
+STREAM = CLIENTS
 
 
-def finish(live: LiveShop, port: int, trunk: str) -> None:
-    """Run the trainer until it has read everything, and end it in order."""
-    process = live.process("--trunk", trunk, "--record", str(live.directory / "record"))
+def finish(live: LiveShop, port: int, trunk: str) -> float:
+    """Run the trainer until it has read everything, and end it in order; returns how many events it applied."""
+    process = live.forked("--trunk", trunk, "--record", str(live.directory / "record"))
     events = live.settings.topics.events
 
     def done() -> bool:
-        assert process.poll() is None, live.log()
+        assert process.is_alive(), live.log()
         return metric(port, "livestate_trainer_lag_events") == 0 and metric(port, "livestate_parameter_version") > 0
 
     wait_for(done, 120, f"everything of {events} read")
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0, live.log()
+    applied = metric(port, "livestate_trainer_events_total")
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 0, live.log()
+    return applied
 
 
 @contextmanager
@@ -50,8 +57,28 @@ def order(found: AnsweredExamples) -> list[tuple[bytes, int, bool]]:
     return list(zip(found.client_id, found.as_of_ms.tolist(), found.label.tolist(), strict=True))
 
 
+def strike(process: ForkServerProcess, port: int, random: np.random.Generator) -> bool:
+    """Kill a trainer at a random moment; True where it had applied something."""
+    if random.random() < 0.2:
+        # While it starts, most likely.
+        process.join(float(random.uniform(0.0, 0.6)))
+    else:
+        # So few events each time that the last kill meets it at work, too.
+        enough = random.uniform(1, STREAM / KILLS)
+        wait_for(lambda: metric(port, "livestate_trainer_events_total") >= enough, 60, f"{enough:.0f} events applied")
+        # Of any length, so that the kill may meet a batch, a version or a checkpoint.
+        process.join(float(random.uniform(0.0, 0.02)))
+    at_work = metric(port, "livestate_trainer_events_total") > 0
+    assert process.is_alive(), "it has ended by itself"
+    process.kill()
+    process.join()
+    return at_work
+
+
 @pytest.mark.timeout(300)
-def test_a_killed_trainer_ends_bit_for_bit_as_an_undisturbed_one(new_embedded_shop: NewShop, free_port: int) -> None:
+def test_a_killed_trainer_ends_bit_for_bit_as_an_undisturbed_one(
+    new_embedded_shop: NewShop, free_port: int, request: pytest.FixtureRequest
+) -> None:
     # Given events and feedback on the broker, and a trainer that reads them undisturbed
     options = {"TRAINER__HTTP_PORT": str(free_port), "TRAINER__CHECKPOINT_INTERVAL_S": "0.05"}
     calm = new_embedded_shop(**options)
@@ -65,24 +92,15 @@ def test_a_killed_trainer_ends_bit_for_bit_as_an_undisturbed_one(new_embedded_sh
     killed = new_embedded_shop(
         TOPICS__EVENTS=calm.settings.topics.events, TOPICS__FEEDBACK=calm.settings.topics.feedback, **options
     )
-    random = np.random.default_rng(11)
-    caught = 0
-    total = len(events) + len(feedback)
-    while caught < KILLS:
-        process = killed.process("--trunk", str(trunk), "--record", str(killed.directory / "record"))
-        wait_for(lambda: metric(free_port, "livestate_trainer_events_total") > 0, 60, "events are applied")
-        # A moment of any length, so that the kill may meet a batch, a version or a checkpoint.
-        time.sleep(float(random.uniform(0.0, 0.2)))
-        process.kill()
-        process.wait()
-        with opened(killed) as trainer:
-            read = sum(trainer.positions.values())
-        caught += 0 < read < total
-        if read == total:
-            break
-    finish(killed, free_port, str(trunk))
+    seed = request.config.getoption("--seed")
+    print(f"the moments are those of --seed {seed}")
+    random = np.random.default_rng(seed)
+    arguments = ("--trunk", str(trunk), "--record", str(killed.directory / "record"))
+    at_work = sum(strike(killed.forked(*arguments), free_port, random) for _ in range(KILLS))
+    left = finish(killed, free_port, str(trunk))
     # Then both know the same: nothing was lost, and nothing learned twice
-    assert caught >= 2, "too few kills met a trainer at work: the test shows nothing"
+    assert at_work > KILLS / 2, "too few kills met a trainer at work"
+    assert left > 0, "it had read everything before the last kill"
     with opened(calm) as one, opened(killed) as other:
         learned, relearned = one.learners["redeemed"], other.learners["redeemed"]
         assert learned.labels == relearned.labels == CLIENTS

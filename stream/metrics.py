@@ -29,6 +29,7 @@ __all__ = ["LABELS", "OTHER_ROUTE", "HttpMetrics", "ProcessMetrics", "TrainerMet
 #: Every label, and where its values come from.
 LABELS = {
     "cause": "why a row ended: `age`, `cap`",
+    "label": "`positive`, `negative`",
     "outcome": "what becomes of feedback (`trainer.joiner.OUTCOMES`)",
     "partition": "numbers below topics.partitions",
     "reason": "why a record is refused (`stream.wire.REASONS`)",

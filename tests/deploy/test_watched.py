@@ -92,6 +92,7 @@ def _allowed(settings: Settings) -> dict[str, set[str]]:
     paths = set(openapi_document(settings)["paths"])
     allowed = {
         "cause": {"age", "cap"},
+        "label": {"positive", "negative"},
         "outcome": set(OUTCOMES),
         "partition": {str(number) for number in range(settings.topics.partitions)},
         "reason": set(REASONS),

@@ -273,8 +273,46 @@ def test_unusable_feedback_is_refused_and_counted_and_the_rest_goes_on(tmp_path:
     unknown = answer("ann", START_MS, True, task="nothing")
     trainer.apply_feedback(records([("ann", b"\xc1"), ("ann", unknown), ("bob", good), ("ann", good)]))
     assert [error.reason for _, error in refused] == ["undecodable", "unknown_task", "key_mismatch"]
+    for reason in ("undecodable", "unknown_task", "key_mismatch"):
+        assert metrics.registry.get_sample_value("livestate_dead_letters_total", {"reason": reason}) == 1
     assert outcome(metrics, "joined") == 1
     assert trainer.positions[FEEDBACK, 0] == 4
+    trainer.close()
+
+
+def test_feedback_after_a_fortnight_is_joined_though_its_client_has_expired(tmp_path: Path) -> None:
+    # Given a prediction for a client who is forgotten a day later, and another one who goes on
+    metrics = TrainerMetrics()
+    trainer = open_trainer(tmp_path / "db", shop.settings(STORE__TTL_S="86400"), metrics, record=tmp_path / "record")
+    trainer.apply_events(records([("ann", purchase("ann", START_MS - 1, 7.0)), ("ann", send("ann", START_MS))]))
+    (slot,) = trainer.replica.slots([b"ann"], [0], trainer.joiner.watermarks)
+    hidden = trainer.replica.vectors[slot, : trainer.layout.hidden].copy()
+    later = [("bob", purchase("bob", START_MS + day * DAY_MS)) for day in range(1, 15)]
+    trainer.apply_events(records(later, 2))
+    (slot,) = trainer.replica.slots([b"ann"], [0], trainer.joiner.watermarks)
+    assert trainer.replica.events_seen[slot] == 0
+    # When the answer comes after fourteen days
+    trainer.apply_feedback(records([("ann", answer("ann", START_MS, True, START_MS + 14 * DAY_MS))]))
+    # Then it is joined with the row as it was
+    assert outcome(metrics, "joined") == 1
+    trainer.close()
+    inputs = read_record(tmp_path / "record")["redeemed"].inputs
+    assert np.array_equal(inputs[0, : len(hidden)], hidden)
+
+
+def test_feedback_for_a_client_that_nobody_knows_is_unmatched_in_time(tmp_path: Path) -> None:
+    # Given feedback for a client without any event
+    metrics = TrainerMetrics()
+    trainer = open_trainer(tmp_path / "db", shop.settings(), metrics)
+    trainer.apply_feedback(records([("nobody", answer("nobody", START_MS, True))]))
+    trainer.observe_metrics()
+    assert metrics.registry.get_sample_value("livestate_pending_feedback") == 1
+    # When events have come that are later than its own could be
+    trainer.apply_events(records([("ann", purchase("ann", START_MS + DAY_MS))]))
+    # Then it waits no longer
+    trainer.observe_metrics()
+    assert metrics.registry.get_sample_value("livestate_pending_feedback") == 0
+    assert outcome(metrics, "unmatched") == 1
     trainer.close()
 
 

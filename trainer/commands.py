@@ -13,6 +13,7 @@ from msgspec import structs
 
 from stream.cli import add_settings, configure_logging, settings_of
 from stream.errors import SettingsError
+from trainer.report import commands as report
 
 if TYPE_CHECKING:
     from stream.wire import RecordBlock
@@ -26,6 +27,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_trainer(subparsers)
     _add_rebuild(subparsers)
     _add_pretrain(subparsers)
+    report.register(subparsers)
 
 
 def _add_trainer(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

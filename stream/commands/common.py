@@ -22,6 +22,7 @@ __all__ = [
     "add_json",
     "add_progress",
     "add_settings",
+    "as_json",
     "configure_logging",
     "print_json",
     "settings_of",
@@ -72,9 +73,14 @@ def configure_logging(level: int = logging.INFO) -> None:
     logging.getLogger("faust.tables.recovery").setLevel(logging.ERROR)
 
 
+def as_json(value: Any) -> str:
+    """One line of JSON; numbers that are not finite are null."""
+    return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False)
+
+
 def print_json(value: Any) -> None:
-    """One line of JSON on standard output; numbers that are not finite are null."""
-    print(json.dumps(_finite(value), allow_nan=False, ensure_ascii=False), flush=True)
+    """`as_json` on standard output."""
+    print(as_json(value), flush=True)
 
 
 def _finite(value: Any) -> Any:

@@ -23,12 +23,13 @@ from pathlib import Path
 import numpy as np
 
 from stream.broker import EmbeddedBroker
-from stream.errors import LivestateError
+from stream.commands.common import ProgressLine as CommandProgress
+from stream.errors import DataError, LivestateError
 from stream.kafka import ensure_topics
 from stream.settings import Settings, Worker, load
 from stream.wire import RecordBlock
 from trainer.demo import journey as demo
-from trainer.demo.comparison import Comparison, compare
+from trainer.demo.comparison import MIDYEAR_MS, Comparison, compare
 from trainer.demo.encoding import EventPacker
 from trainer.demo.journey import DAY_MS, TASK, YEAR_START_MS, Journey
 from trainer.demo.processes import Exposition, Interrupts, Process, free_ports
@@ -36,6 +37,7 @@ from trainer.demo.replay import Progress, replay
 from trainer.demo.report import ProgressLine, RunReport
 from trainer.files import save_parameters
 from trainer.pretrain import fit
+from trainer.report.commands import write_report
 
 __all__ = ["Options", "run_demo"]
 
@@ -156,6 +158,7 @@ def _run(options: Options, began: float, interrupts: Interrupts, started: contex
     _drain(system, last)
     print("Comparing with a frozen copy and with retrained hand-made aggregates …", flush=True)
     comparison = compare(settings, journey, record, directory / "auc.png")
+    _draw_quality(settings, journey, record, directory / "quality")
     report = _report(system, journey, last, comparison, time.monotonic() - began)
     (directory / "report.json").write_text(report.to_json() + "\n")
     print(f"\n{report.table()}", flush=True)
@@ -177,7 +180,7 @@ def _port(bootstrap_servers: str) -> int:
 def _prepare(directory: Path) -> None:
     """A fresh place for this run; only what an earlier run left is removed."""
     directory.mkdir(parents=True, exist_ok=True)
-    for name in ("broker", "worker", "trainer"):
+    for name in ("broker", "worker", "trainer", "quality"):
         shutil.rmtree(directory / name, ignore_errors=True)
     for name in ("trunk.msgpack", "answered.bin", "report.json", "auc.png"):
         (directory / name).unlink(missing_ok=True)
@@ -285,6 +288,21 @@ def _drain(system: _System, last: Progress) -> None:
                 f"{learned:,.0f} and {trainer.total('livestate_feedback_total'):,.0f} labels"
             )
         time.sleep(_LOOK_S)
+
+
+def _draw_quality(settings: Settings, journey: Journey, record: Path, directory: Path) -> None:
+    """What `livestate report` makes of the record; nothing where it has no prediction from mid-year on."""
+    if journey.end_ms <= MIDYEAR_MS:
+        return
+    print("Measuring quality over time and what each part of the row's memory contributes …", flush=True)
+    line = CommandProgress(asked=False)
+    try:
+        figures = write_report(settings, record, directory, split_ms=MIDYEAR_MS, line=line)
+        line.end()
+    except DataError as error:
+        print(f"  no quality report: {error}", flush=True)
+        return
+    print(f"  written to {directory}: report.json, {', '.join(figures['pictures'])}", flush=True)
 
 
 def _report(system: _System, journey: Journey, last: Progress, comparison: Comparison, elapsed_s: float) -> RunReport:

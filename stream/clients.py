@@ -34,7 +34,7 @@ class ClientView(msgspec.Struct, frozen=True):
     """A client's state as served.
 
     timestamp_ms, offset: of its last event. age_s: since then. vector: float32, as numbers and as base64 of their
-    bytes, little endian. predictions: by task; a task without a head is not there.
+    bytes, little endian. predictions: by task, or `task.class`; a task without a head is not there.
     """
 
     client_id: str
@@ -135,4 +135,8 @@ class Clients:
 def _predictions(served: Served, rows: Lookup) -> dict[str, NDArray[np.float32]]:
     hidden = served.engine.layout.hidden
     features = served.questions.readout.features(rows.vectors[:, :hidden], rows.vectors[:, hidden:], rows.last_event_ms)
-    return {task: head.predict_typical(features) for task, head in served.heads.items()}
+    found: dict[str, NDArray[np.float32]] = {}
+    for task, head in served.heads.items():
+        names = served.questions.by_task[task].outputs
+        found.update(zip(names, head.predict_typical(features).T, strict=True))
+    return found

@@ -324,12 +324,21 @@ class TrainerMetrics(ProcessMetrics):
         )  # fmt: skip
         self.prequential_loss = Gauge(
             "livestate_prequential_log_loss",
-            "Mean log loss of predictions before learning.",
-            ["task"],
+            "Mean log loss of predictions before learning. head: a part of the task's head, or `average` of several.",
+            ["task", "head"],
             registry=r,
         )
         self.prequential_auc = Gauge(
-            "livestate_prequential_auc", "AUC of predictions before learning.", ["task"], registry=r
+            "livestate_prequential_auc",
+            "AUC of predictions before learning; of several classes, the mean of each one's against the others.",
+            ["task", "head"],
+            registry=r,
+        )
+        self.prequential_error = Gauge(
+            "livestate_prequential_squared_error",
+            "Mean squared error of a regression's predictions before learning.",
+            ["task", "head"],
+            registry=r,
         )
         self.version = Gauge("livestate_parameter_version", "Last version published.", registry=r)
         self.taking_over = Gauge(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from stream.model.heads import output_names
 from stream.routing import LARGEST_BATCH
 from stream.settings import Settings
 
@@ -101,7 +102,12 @@ _UNAVAILABLE = {
 
 
 def _schemas(settings: Settings) -> dict[str, Any]:
-    tasks = {task: {"type": "number", "minimum": 0, "maximum": 1} for task in settings.tasks}
+    probability = {"type": "number", "minimum": 0, "maximum": 1}
+    tasks = {
+        name: {"type": "number"} if task.kind == "regression" else probability
+        for task_name, task in settings.tasks.items()
+        for name in output_names(task_name, task)
+    }
     by_partition = {"type": "object", "propertyNames": {"pattern": "^[0-9]+$"}}
     return {
         "Client": _object(

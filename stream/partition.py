@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from stream.frequency import FrequencyFilter, event_ttls
 from stream.model.engine import Advanced, Engine
-from stream.model.heads import LogisticHead, Questions
+from stream.model.heads import Head, Questions
 from stream.model.kernels import expiry_parts
 from stream.store import EmbeddingStore, Lookup, PackedKeys
 from stream.transport import FetchedBlock
@@ -34,7 +34,7 @@ class Served:
 
     engine: Engine
     questions: Questions
-    heads: dict[str, LogisticHead]
+    heads: dict[str, Head]
     version: int
 
     def vectors(self, rows: NDArray[np.float32], now_ms: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -186,7 +186,7 @@ class Partition:
             served.version,
             found.events_seen,
             served.vectors(found.vectors, found.last_event_ms),
-            np.full((len(keys), len(served.engine.layout.settings.tasks)), np.nan, np.float32),
+            np.full((len(keys), len(served.questions.outputs)), np.nan, np.float32),
         )
 
     def sweep(self, budget_ms: float) -> list[bytes]:

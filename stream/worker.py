@@ -83,7 +83,7 @@ class Worker:
         self._questions = Questions(self.layout)
         width = self._questions.readout.width if settings.model.vector == "features" else self.layout.hidden
         self._decoder = EventDecoder(self.schema, settings.limits, settings.topics.format)
-        self._encoder = EmbeddingEncoder(width, list(settings.tasks), settings.topics.embeddings_format)
+        self._encoder = EmbeddingEncoder(width, list(self._questions.outputs), settings.topics.embeddings_format)
         self._owned: dict[int, OwnedPartition] = {}
         #: Given up, and still open for a checkpoint that was being written.
         self._closing: dict[int, OwnedPartition] = {}

@@ -6,11 +6,13 @@ A key is partition (4 bytes), task, 0, time (8 bytes), client: in order of time 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgpack
 import numpy as np
 from numpy.typing import NDArray
+
+from stream.wire import Label
 
 __all__ = [
     "ANSWERED",
@@ -39,16 +41,17 @@ EXAMPLE = b"e"
 #: States of a prediction: unanswered; unanswered and learned as negative; answered. The first two are followed by the
 #: example, the last by `pack_answered`.
 WAITING, ASSUMED, ANSWERED = b"w", b"n", b"a"
-#: Prediction, version, stratum.
-_HEAD = struct.Struct("<fqH")
+#: Prediction, version, stratum, and how many other predictions follow.
+_HEAD = struct.Struct("<fqHH")
 
 
 @dataclass(frozen=True)
 class Example:
     """One prediction as it was made.
 
-    `inputs` (F,) of the head; `prediction` its probability, NaN where there was no head yet; `version` of the
-    parameters that made it; `stratum`, the index of its value of the task's `final_by`.
+    `inputs` (F,) of the head; `prediction`, the first of its predictions, NaN where there was no head yet; `version` of
+    the parameters that made it; `stratum`, the index of its value of the task's `final_by`; `others`, what else was
+    said: of the other classes, then of each part of the head.
     """
 
     task: str
@@ -58,6 +61,7 @@ class Example:
     prediction: float
     version: int
     stratum: int = 0
+    others: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Joined:
     """
 
     example: Example
-    label: bool
+    label: Label
     weight: float
     known_ms: int
     published_ms: int
@@ -82,7 +86,7 @@ class Joined:
 class Answer:
     """One feedback record; `published_ms` is Kafka's time of it."""
 
-    label: bool
+    label: Label
     weight: float
     known_ms: int
     published_ms: int
@@ -126,14 +130,16 @@ def _client_of(key: bytes) -> bytes:
 
 def pack_example(example: Example) -> bytes:
     """An example without what its key says."""
-    return _HEAD.pack(example.prediction, example.version, example.stratum) + example.inputs.tobytes()
+    head = _HEAD.pack(example.prediction, example.version, example.stratum, len(example.others))
+    return head + example.others.tobytes() + example.inputs.tobytes()
 
 
 def unpack_example(key: bytes, value: bytes) -> Example:
     """The example of `pack_example` under its key."""
-    prediction, version, stratum = _HEAD.unpack_from(value)
-    inputs = np.frombuffer(value, np.float32, offset=_HEAD.size)
-    return Example(task_of(key), _client_of(key), as_of_ms(key), inputs, prediction, version, stratum)
+    prediction, version, stratum, count = _HEAD.unpack_from(value)
+    others = np.frombuffer(value, np.float32, count, _HEAD.size)
+    inputs = np.frombuffer(value, np.float32, offset=_HEAD.size + others.nbytes)
+    return Example(task_of(key), _client_of(key), as_of_ms(key), inputs, prediction, version, stratum, others)
 
 
 def stratum_of(value: bytes) -> int:
@@ -142,13 +148,13 @@ def stratum_of(value: bytes) -> int:
     return stratum
 
 
-def pack_answered(label: bool, stratum: int | None = None) -> bytes:
+def pack_answered(label: Label, stratum: int | None = None) -> bytes:
     """What is kept of an answered prediction: its label, and its stratum while that is held and may come of age."""
     packed: bytes = msgpack.packb([label] if stratum is None else [label, stratum])
     return ANSWERED + packed
 
 
-def unpack_answered(value: bytes) -> tuple[bool, int | None]:
+def unpack_answered(value: bytes) -> tuple[Label, int | None]:
     """(label, stratum or None) of `pack_answered`."""
     label, *stratum = msgpack.unpackb(value[1:])
     return label, stratum[0] if stratum else None

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 
 import msgpack
 
+from stream.wire import Label
 from trainer.ages import Ages
 from trainer.checkpoint import Changes, Overlay
 from trainer.delays import Delays
@@ -287,7 +288,7 @@ class Finality:
         heapq.heappush(self._windows.setdefault(partition, []), (end_ms, known_ms, key))
         self._found.pop(partition, None)
 
-    def _mark(self, key: bytes, label: bool, stratum: int | None = None) -> None:
+    def _mark(self, key: bytes, label: Label, stratum: int | None = None) -> None:
         self._kept.put(EXAMPLE + key, pack_answered(label, stratum))
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from stream.errors import RecordError, StoreError
 from stream.metrics import TrainerMetrics
 from stream.model.engine import Engine, Triggers
-from stream.model.heads import Questions
+from stream.model.heads import Questions, TaskQuestion
 from stream.model.layout import Layout
 from stream.model.parameters import ParameterSet, Tensor
 from stream.settings import Settings, row_ttls
@@ -141,7 +141,7 @@ class OnlineTrainer:
         self.joiner.watermarks = watermarks
         self.joiner.waiting = waiting
         self.learners = {
-            question.task: TaskLearner(question.task, question.is_state, settings.tasks[question.task])
+            question.task: TaskLearner(question.task, question.is_state, question.settings, settings.model.seed)
             for question in self.questions.tasks
         }
         for learner in self.learners.values():
@@ -156,14 +156,8 @@ class OnlineTrainer:
         self._served_version = parameters.version
 
     def _fitting(self, parameters: ParameterSet) -> ParameterSet:
-        """Without the heads of tasks that the settings no longer have, or have with other inputs."""
-        widths = {question.task: question.width for question in self.questions.tasks}
-        unfit = {
-            name
-            for name, tensor in parameters.items()
-            if name.startswith("head/") and tensor.shape[0] - name.endswith("/weight") != widths.get(name.split("/")[1])
-        }
-        return parameters.updated({}, parameters.version, frozenset(unfit))
+        """Without the heads of tasks that the settings no longer have, or have otherwise."""
+        return parameters.updated({}, parameters.version, self.questions.unfit(parameters))
 
     @property
     def needs_checkpoint(self) -> bool:
@@ -222,17 +216,16 @@ class OnlineTrainer:
         late: NDArray[np.bool_],
         watermark_before: NDArray[np.int64],
     ) -> None:
-        asked: list[tuple[int, str, NDArray[np.float32], float, int]] = []
+        asked: list[tuple[int, str, NDArray[np.float32], NDArray[np.float32], int]] = []
         for question in self.questions.tasks if len(triggers.event) else ():
             own, inputs = question.ask(columns, triggers)
-            head = self._heads.get(question.task)
-            predictions = head.predict(inputs).tolist() if head is not None else [float("nan")] * len(own)
+            said = self._said(question, inputs)
             events = triggers.event[own]
             strata = question.strata_of(columns, events).tolist()
-            asked += zip(events.tolist(), [question.task] * len(own), inputs, predictions, strata, strict=True)
+            asked += zip(events.tolist(), [question.task] * len(own), inputs, said, strata, strict=True)
         asked.sort(key=lambda one: one[0])
         crossings = _Crossings(self.joiner, records, columns, watermark_before)
-        for event, task, inputs, prediction, stratum in asked:
+        for event, task, inputs, said, stratum in asked:
             self._release(crossings, event)
             record = records[event]
             if late[event]:
@@ -251,15 +244,29 @@ class OnlineTrainer:
                     record.key or b"",
                     int(columns.timestamp_ms[event]),
                     inputs,
-                    prediction,
+                    float(said[0]),
                     self._served_version,
                     stratum,
+                    said[1:],
                 ),
             )
             if joined is not None:
                 self._learn(joined)
             crossings.pass_by(event)
         self._release(crossings, columns.n)
+
+    def _said(self, question: TaskQuestion, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(k, values) of each example: the predictions, and where the head has several parts what each one alone says;
+        NaN for what is not there yet."""
+        head, outputs = self._heads.get(question.task), len(question.outputs)
+        parts = question.settings.parts
+        if head is None:
+            return np.full((len(inputs), 1), np.nan, np.float32)
+        if len(parts) == 1:
+            return head.predict(inputs)
+        said, alone = head.predict_parts(inputs)
+        missing = np.full((len(inputs), outputs), np.nan, np.float32)
+        return np.concatenate([said, *(alone.get(part, missing) for part in parts)], axis=1)
 
     def _release(self, crossings: _Crossings, before: int) -> None:
         """Learn the labels that events before the one at index `before` make final."""
@@ -296,7 +303,10 @@ class OnlineTrainer:
         learner = self.learners[example.task]
         if joined.early:
             self.metrics.early_labels.labels(example.task, "positive" if joined.label else "negative").inc()
-        learner.learn(example.inputs, joined.label, joined.weight, example.prediction, joined.published_ms)
+        learner.learn(
+            example.inputs, joined.label, joined.weight, example.prediction, joined.published_ms,
+            others=example.others, final_ms=joined.final_ms,
+        )  # fmt: skip
         if self.recorder is not None:
             self.recorder.example(joined)
         self._count_learned(learner)
@@ -377,14 +387,21 @@ class OnlineTrainer:
         self.metrics.pending_feedback.set(self.joiner.pending)
         self.metrics.held_labels.set(self.joiner.finality.held)
         for task, learner in self.learners.items():
-            if len(learner.prequential):
-                self.metrics.prequential_loss.labels(task).set(learner.prequential.log_loss())
-                self.metrics.prequential_auc.labels(task).set(learner.prequential.auc())
+            for head, quality in learner.quality.items():
+                if not len(quality):
+                    continue
+                if learner.kind == "regression":
+                    self.metrics.prequential_error.labels(task, head).set(quality.squared_error())
+                else:
+                    self.metrics.prequential_loss.labels(task, head).set(quality.log_loss())
+                    self.metrics.prequential_auc.labels(task, head).set(quality.auc())
 
     def close(self) -> None:
         """Release the directory and the record file, without a checkpoint."""
         if self.recorder is not None:
             self.recorder.close()
+        for learner in self.learners.values():
+            learner.close()
         self.database.close()
 
 

@@ -70,6 +70,7 @@ class Recorder:
                 "final_ms": joined.final_ms,
                 "inputs": example.inputs.tobytes(),
                 "prediction": example.prediction,
+                "others": example.others.tobytes(),
                 "version": example.version,
             }
         )
@@ -108,18 +109,20 @@ class AnsweredExamples:
     """The answered examples of one task, in the order they were answered; n of them.
 
     `inputs` (n, F); `known_ms` (n,) when the label became known, `final_ms` (n,) when it could be learned, its
-    window closed too; `prediction` (n,) as served, NaN where there
-    was no head; `center`, `scale` (F,), empty if they were never fixed.
+    window closed too; `label` (n,) of booleans, names of classes or numbers;
+    `prediction` (n,) as served, the first of several, NaN where there was no head; `others` (n, others), NaN where
+    fewer were said, see `Example`; `center`, `scale` (F,), empty if they were never fixed.
     """
 
     client_id: list[bytes] = field(default_factory=list)
     as_of_ms: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    label: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    label: NDArray[Any] = field(default_factory=lambda: np.zeros(0, np.bool_))
     weight: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     known_ms: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     final_ms: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     inputs: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     prediction: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    others: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     center: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     scale: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
@@ -159,17 +162,25 @@ def _columns(found: list[dict[str, Any]], standardiser: dict[str, Any] | None) -
     columns = AnsweredExamples(
         client_id=[entry["client_id"] for entry in found],
         as_of_ms=np.array([entry["as_of_ms"] for entry in found], np.int64),
-        label=np.array([entry["label"] for entry in found], np.bool_),
+        label=np.array([entry["label"] for entry in found]),
         weight=np.array([entry["weight"] for entry in found], np.float64),
         known_ms=np.array([entry["timestamp_ms"] for entry in found], np.int64),
         final_ms=np.array([entry["final_ms"] for entry in found], np.int64),
         inputs=np.stack([np.frombuffer(entry["inputs"], np.float32) for entry in found]),
         prediction=np.array([entry["prediction"] for entry in found], np.float32),
+        others=_padded([np.frombuffer(entry["others"], np.float32) for entry in found]),
     )
     if standardiser is not None:
         columns.center = np.frombuffer(standardiser["center"], np.float64)
         columns.scale = np.frombuffer(standardiser["scale"], np.float64)
     return columns
+
+
+def _padded(rows: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    out = np.full((len(rows), max(map(len, rows))), np.nan, np.float32)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
 
 
 def frozen_predictions(examples: AnsweredExamples, until_ms: int, head: BayesianLogistic) -> NDArray[np.float64]:

@@ -123,7 +123,7 @@ OVERVIEW = Board(
                     },
                     limit=5,
                 ),
-                Graph("AUC before learning", "none", {"{{task}}": "livestate_prequential_auc"}),
+                Graph("AUC before learning", "none", {"{{task}} {{head}}": "livestate_prequential_auc"}),
                 Graph(
                     "Versions", "none", {"{{instance}}": "livestate_parameter_version"},
                     "Of the trainer and of each worker: the curves lie on each other.",
@@ -379,11 +379,14 @@ TRAINER = Board(
         Section(
             "Quality",
             [
-                Graph("AUC before learning", "none", {"{{task}}": "livestate_prequential_auc"}, "A half is chance."),
+                Graph(
+                    "AUC before learning", "none", {"{{task}} {{head}}": "livestate_prequential_auc"},
+                    "A half is chance.",
+                ),
                 Graph(
                     "Log loss before learning", "none",
                     {
-                        "{{task}}": "livestate_prequential_log_loss",
+                        "{{task}} {{head}}": "livestate_prequential_log_loss",
                         "{{task}}, a quarter above a day's mean":
                             "1.25 * avg_over_time(livestate_prequential_log_loss[1d])",
                     },

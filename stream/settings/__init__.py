@@ -11,9 +11,11 @@ Not guaranteed: that a broker or a directory named here exists; whoever opens th
 from stream.settings.loading import ENVIRONMENT_PREFIX, load, parse
 from stream.settings.sections import (
     Field,
+    Gbdt,
     Kafka,
     Limits,
     Memory,
+    Mlp,
     Modality,
     Model,
     Pretrain,
@@ -30,9 +32,11 @@ from stream.settings.sections import (
 __all__ = [
     "ENVIRONMENT_PREFIX",
     "Field",
+    "Gbdt",
     "Kafka",
     "Limits",
     "Memory",
+    "Mlp",
     "Modality",
     "Model",
     "Pretrain",

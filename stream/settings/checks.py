@@ -7,7 +7,7 @@ and what would be accepted.
 from __future__ import annotations
 
 from stream.errors import SettingsError
-from stream.settings.sections import Field, Kafka, Memory, Settings, Worker
+from stream.settings.sections import Field, Kafka, Memory, Settings, Task, Worker
 
 __all__ = ["check"]
 
@@ -47,6 +47,7 @@ def check(settings: Settings) -> None:
                 _refuse(f"{name}.final_by", task.final_by, f"a category field of {task.on} with declared `values`")
             if task.labels != "final":
                 _refuse(f"{name}.final_by", task.final_by, f"nothing with labels = {task.labels!r}")
+        _check_head(name, task)
     known = {
         f"{modality_name}.{field_name}"
         for modality_name, modality in settings.modalities.items()
@@ -59,6 +60,17 @@ def check(settings: Settings) -> None:
     _check_ttls(settings)
     if settings.store.max_rows is not None and settings.store.min_rows > settings.store.max_rows:
         _refuse("store.min_rows", settings.store.min_rows, f"at most store.max_rows = {settings.store.max_rows}")
+
+
+def _check_head(name: str, task: Task) -> None:
+    if task.kind == "multiclass":
+        if len(task.classes) < 2 or len(set(task.classes)) != len(task.classes):
+            _refuse(f"{name}.classes", task.classes, "two names or more, each once, for kind 'multiclass'")
+    elif task.classes:
+        _refuse(f"{name}.classes", task.classes, f"nothing: kind {task.kind!r} has no classes")
+    fit = ["linear" if task.kind == "regression" else "logistic", "mlp", "gbdt"]
+    if len(set(task.parts)) != len(task.parts) or not set(task.parts) <= set(fit):
+        _refuse(f"{name}.head", task.head, f"one or several of {', '.join(fit)}, each once, for kind {task.kind!r}")
 
 
 def _check_ttls(settings: Settings) -> None:

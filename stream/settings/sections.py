@@ -13,9 +13,11 @@ from msgspec import Meta
 
 __all__ = [
     "Field",
+    "Gbdt",
     "Kafka",
     "Limits",
     "Memory",
+    "Mlp",
     "Modality",
     "Model",
     "Pretrain",
@@ -34,6 +36,7 @@ Natural = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,62}$")]
+HeadName = Literal["logistic", "linear", "mlp", "gbdt"]
 TopicName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,249}$")]
 
 
@@ -210,15 +213,74 @@ class Model(_Section, frozen=True):
     vector: Literal["hidden", "features"] = "hidden"
 
 
+class Mlp(_Section, frozen=True):
+    """The head `mlp`: networks with one hidden layer each, learned a step at a time, with replay."""
+
+    #: Networks, whose scores are averaged.
+    members: Annotated[int, Meta(ge=1, le=64)] = 4
+    #: Hidden units of each one.
+    hidden: Annotated[int, Meta(ge=1, le=1024)] = 64
+    #: Share of the inputs left out of a step.
+    dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.4
+    #: Share of the hidden units left out of a step.
+    hidden_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.3
+    #: Of AdamW, once warm.
+    learning_rate: Annotated[float, Meta(gt=0, le=1)] = 0.001
+    #: Of AdamW.
+    weight_decay: Annotated[float, Meta(ge=0, le=1)] = 0.01
+    #: New labels in a step; fewer wait.
+    new_examples: Annotated[int, Meta(ge=1, le=4096)] = 8
+    #: Earlier examples in a step, drawn from `keep_examples`, for each new one.
+    replay: Annotated[int, Meta(ge=0, le=256)] = 7
+    #: What is served is an exponential average over steps; this much of it stays at each one.
+    average: Annotated[float, Meta(ge=0, lt=1)] = 0.99
+    #: Steps over which the learning rate rises to its full height.
+    warm_up: Natural = 100
+    #: The gradient is scaled down to this norm.
+    clip_norm: Annotated[float, Meta(gt=0)] = 1.0
+
+
+class Gbdt(_Section, frozen=True):
+    """The head `gbdt`: boosted trees by LightGBM on the examples as they were at prediction time."""
+
+    #: Stream time between two fits.
+    refit_interval_s: Seconds = 7 * 86400.0
+    #: A fit, made beside everything else, serves after this much stream time, whenever it was done.
+    delay_s: Annotated[float, Meta(ge=0)] = 600.0
+    #: No fit with fewer labels, or (classes) with fewer of any class than a hundredth of this.
+    least_examples: Annotated[int, Meta(ge=2)] = 1000
+    #: Trees.
+    trees: Annotated[int, Meta(ge=1, le=10_000)] = 250
+    #: Shrinkage of each tree.
+    learning_rate: Annotated[float, Meta(gt=0, le=1)] = 0.03
+    #: Leaves of a tree.
+    leaves: Annotated[int, Meta(ge=2, le=4096)] = 15
+    #: Least examples in a leaf.
+    leaf_examples: Count = 200
+    #: Share of the examples each tree sees.
+    subsample: Annotated[float, Meta(gt=0, le=1)] = 0.5
+    #: Share of the inputs each tree sees.
+    columns: Annotated[float, Meta(gt=0, le=1)] = 0.3
+    #: L2 penalty on leaf values.
+    penalty: Annotated[float, Meta(ge=0)] = 10.0
+    #: Most bins of an input.
+    bins: Annotated[int, Meta(ge=2, le=255)] = 63
+
+
 class Task(_Section, frozen=True):
     """One thing to predict. A prediction is made at every event of modality `on`."""
 
     #: The modality whose events ask for a prediction.
     on: Name
-    #: What a label is.
-    kind: Literal["binary"] = "binary"
-    #: What predicts: a Bayesian logistic regression, one exact update for each label.
-    head: Literal["logistic"] = "logistic"
+    #: What a label is: true or false; one of `classes`; a number.
+    kind: Literal["binary", "multiclass", "regression"] = "binary"
+    #: multiclass: the names of the classes; each one's probability is served as `TASK.CLASS`.
+    classes: list[Annotated[str, Meta(min_length=1, max_length=64)]] = []
+    #: What predicts; of several, the average (of log-odds, or of values). `logistic`: Bayesian, one exact update for
+    #: each label, for up to thousands of them (of several classes, each against the others); `linear`: the same for a
+    #: regression; `mlp`: a small ensemble of networks with replay and averaged weights, for many labels; `gbdt`:
+    #: LightGBM, refitted on schedule. By default `logistic`, and `linear` for a regression.
+    head: HeadName | Annotated[list[HeadName], Meta(min_length=1)] | None = None
     #: When a label is learned, since positives known early are a biased sample: once its feedback's window has
     #: `closed`; once it is `final`, which is then or when the prediction is so old that more than `final_share` of the
     #: positives have usually come (without one it is learned as negative, and a positive that comes after all is
@@ -242,6 +304,18 @@ class Task(_Section, frozen=True):
     inputs: list[Name] = []
     #: Examples whose feedback has not come are forgotten after this long, in event time.
     feedback_ttl_s: Seconds = 180 * 86400.0
+    #: mlp, gbdt: answered examples kept in memory and on disk to learn from again, the newest ones; each takes 4 bytes
+    #: for each input.
+    keep_examples: Annotated[int, Meta(ge=256, le=10_000_000)] = 100_000
+    mlp: Mlp = Mlp()
+    gbdt: Gbdt = Gbdt()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the head, in the order given."""
+        if self.head is None:
+            return ("linear",) if self.kind == "regression" else ("logistic",)
+        return (self.head,) if isinstance(self.head, str) else tuple(self.head)
 
 
 class Store(_Section, frozen=True):

@@ -21,7 +21,7 @@ from stream.wire.events import (
     encode_event,
     encode_event_json,
 )
-from stream.wire.feedback import FeedbackRecord, decode_feedback, encode_feedback
+from stream.wire.feedback import FeedbackRecord, Label, decode_feedback, encode_feedback
 from stream.wire.formats import Format
 from stream.wire.hashing import hash_bytes
 from stream.wire.reasons import REASONS
@@ -39,6 +39,7 @@ __all__ = [
     "FieldValue",
     "Format",
     "Headers",
+    "Label",
     "ModalitySchema",
     "PackedValues",
     "RecordBlock",

@@ -1,7 +1,8 @@
 """Embeddings: what Livestate publishes about a client after each micro-batch.
 
 A record is a MessagePack map: `client_id` (text), `timestamp_ms`, `offset`, `parameter_version`,
-`events_seen` (integers), `vector` (binary, float32 little-endian), `predictions` (map from task to float32).
+`events_seen` (integers), `vector` (binary, float32 little-endian), `predictions` (map from task, or
+`task.class` for each class of a multiclass task, to float32).
 Any MessagePack library reads it. A task without a prediction is left out of the map. As JSON, where the settings
 ask for it, the names are the same and `vector` is a list of numbers.
 

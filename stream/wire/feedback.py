@@ -6,27 +6,33 @@ configured, or raises `RecordError` with one of `REASONS`, for any bytes.
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from stream.settings import Settings
+from stream.settings import Settings, Task
 from stream.wire import checks
 from stream.wire.block import Headers
 from stream.wire.formats import format_of, read_map
 from stream.wire.reasons import OUT_OF_RANGE, UNKNOWN_TASK, WRONG_TYPE, refusal, show
 
-__all__ = ["FeedbackRecord", "decode_feedback", "encode_feedback"]
+__all__ = ["FeedbackRecord", "Label", "decode_feedback", "encode_feedback"]
 
 _REQUIRED: Final = ("client_id", "timestamp_ms", "as_of_ms", "task", "label")
 _OPTIONAL: Final = ("weight", "window_end_ms")
+
+
+#: Of a binary task, a class of a multiclass one, of a regression.
+Label = bool | str | float
 
 
 class FeedbackRecord(NamedTuple):
     """One label.
 
     timestamp_ms: when it became known; as_of_ms: the prediction it answers, not later; both UTC milliseconds.
-    label: of a binary task. weight: finite, above 0. window_end_ms: when the answer is final for every client
+    label: true or false of a binary task, the class of a multiclass one, the number of a regression.
+    weight: finite, above 0. window_end_ms: when the answer is final for every client
     who was asked at the same time, not before as_of_ms, UTC milliseconds; None: it is final as it comes.
     """
 
@@ -34,7 +40,7 @@ class FeedbackRecord(NamedTuple):
     timestamp_ms: int
     as_of_ms: int
     task: str
-    label: bool
+    label: Label
     weight: float = 1.0
     window_end_ms: int | None = None
 
@@ -44,7 +50,8 @@ def decode_feedback(
 ) -> FeedbackRecord:
     """The feedback in one record, as received from Kafka.
 
-    A binary label is a boolean, or a number equal to 0 or 1.
+    A binary label is a boolean, or a number equal to 0 or 1; one of several classes is one of the declared names; one
+    of a regression is a finite number.
 
     Raises
     ------
@@ -72,7 +79,7 @@ def decode_feedback(
         timestamp_ms,
         as_of_ms,
         task,
-        _binary_label(content["label"]),
+        _label(content["label"], settings.tasks[task]),
         weight,
         _window_end_ms(content["window_end_ms"], as_of_ms) if "window_end_ms" in content else None,
     )
@@ -83,6 +90,18 @@ def _window_end_ms(value: Any, as_of_ms: int) -> int:
     if end_ms < as_of_ms:
         raise refusal(OUT_OF_RANGE, "window_end_ms", end_ms, f"at least as_of_ms = {as_of_ms}")
     return end_ms
+
+
+def _label(label: Any, task: Task) -> Label:
+    if task.kind == "regression":
+        return checks.number("label", label, -sys.float_info.max, sys.float_info.max)
+    if task.kind == "binary":
+        return _binary_label(label)
+    if not isinstance(label, str):
+        raise refusal(WRONG_TYPE, "label", label, f"one of {show(', '.join(task.classes))}")
+    if label not in task.classes:
+        raise refusal(OUT_OF_RANGE, "label", label, f"one of {show(', '.join(task.classes))}")
+    return label
 
 
 def _binary_label(label: Any) -> bool:

@@ -35,6 +35,8 @@ def settings_table() -> str:
         ("memory[].where.", settings.Where),
         ("model.", settings.Model),
         ("tasks.NAME.", settings.Task),
+        ("tasks.NAME.mlp.", settings.Mlp),
+        ("tasks.NAME.gbdt.", settings.Gbdt),
         ("store.", settings.Store),
         ("worker.", settings.Worker),
         ("trainer.", settings.Trainer),
@@ -44,13 +46,12 @@ def settings_table() -> str:
         notes = _notes(section)
         hints = get_type_hints(section, include_extras=True)
         for field in msgspec.structs.fields(section):
-            if get_origin(hints[field.name]) is dict:
+            kind = hints[field.name]
+            if get_origin(kind) is dict or (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
                 # A section of its own.
                 continue
             default = "required" if field.required else _default(field)
-            lines.append(
-                f"| `{prefix}{field.name}` | {_accepted(hints[field.name])} | {default} | {notes.get(field.name, '')} |"
-            )
+            lines.append(f"| `{prefix}{field.name}` | {_accepted(kind)} | {default} | {notes.get(field.name, '')} |")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ from stream.errors import RecordError
 from stream.metrics import TrainerMetrics
 from stream.settings import Settings, parse
 from stream.wire import FeedbackRecord, RecordBlock, encode_event, encode_feedback
+from trainer.learner import BayesianLogistic, LogisticLearner, TaskLearner
 from trainer.online import OnlineTrainer
 from trainer.pretrain import random_trunk
 from trainer.timeline import Record
@@ -113,6 +114,13 @@ def open_trainer(
     record: Path | None = None,
 ) -> OnlineTrainer:
     return OnlineTrainer(shop, directory, random_trunk(shop, []), metrics or TrainerMetrics(), refuse, record)
+
+
+def posterior(learner: TaskLearner) -> BayesianLogistic:
+    """Of the head `logistic`."""
+    part = learner.parts["logistic"]
+    assert isinstance(part, LogisticLearner)
+    return part.posteriors[0]
 
 
 def outcome(metrics: TrainerMetrics, name: str, task: str = "redeemed") -> float:

@@ -16,7 +16,7 @@ from trainer.pretrain import random_trunk, save_parameters
 from trainer.record import AnsweredExamples, read_record
 
 from .conftest import LiveShop, NewShop
-from .shop import refuse_nothing
+from .shop import posterior, refuse_nothing
 from .test_online import year
 
 CLIENTS = 12_000
@@ -105,8 +105,8 @@ def test_a_killed_trainer_ends_bit_for_bit_as_an_undisturbed_one(
         learned, relearned = one.learners["redeemed"], other.learners["redeemed"]
         assert learned.labels == relearned.labels == CLIENTS
         assert one.positions == other.positions
-        assert np.array_equal(learned.posterior.mean, relearned.posterior.mean)
-        assert np.array_equal(learned.posterior.covariance, relearned.posterior.covariance)
+        assert np.array_equal(posterior(learned).mean, posterior(relearned).mean)
+        assert np.array_equal(posterior(learned).covariance, posterior(relearned).covariance)
         assert dict(one.database.scan(b"r")) == dict(other.database.scan(b"r"))
         assert one.joiner.waiting == other.joiner.waiting == 0
         # And workers have the same head
@@ -114,7 +114,7 @@ def test_a_killed_trainer_ends_bit_for_bit_as_an_undisturbed_one(
         assert ours is not None
         assert theirs is not None
         assert np.array_equal(ours["head/redeemed/weight"], theirs["head/redeemed/weight"])
-        assert np.array_equal(theirs["head/redeemed/weight"], relearned.posterior.mean)
+        assert np.array_equal(theirs["head/redeemed/weight"], posterior(relearned).mean)
     records = [read_record(live.directory / "record")["redeemed"] for live in (calm, killed)]
     assert order(records[0]) == order(records[1])
     assert len(records[0]) == CLIENTS

@@ -259,9 +259,10 @@ def feed(trainer: OnlineTrainer, stream: list[tuple[int, Record]]) -> None:
 
 def learned(trainer: OnlineTrainer) -> tuple[bytes, bytes, int, int]:
     learner = trainer.learners["redeemed"]
+    head = shop.posterior(learner)
     delays = trainer.joiner.finality._delays["redeemed"]
     return (
-        learner.posterior.mean.tobytes() + learner.posterior.covariance.tobytes(), delays.save(), learner.labels,
+        head.mean.tobytes() + head.covariance.tobytes(), delays.save(), learner.labels,
         trainer.joiner.finality.held,
     )  # fmt: skip
 

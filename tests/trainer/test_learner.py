@@ -177,7 +177,7 @@ def test_labels_before_the_standardiser_are_learned_in_order_when_it_is_fixed() 
     assert scale is not None
     for row, label in ((x[0], True), (x[1], False)):
         direct.learn(standardise(row[None, :], center, scale)[0], label)
-    assert np.array_equal(direct.mean, waiting.posterior.mean)
+    assert np.array_equal(direct.mean, shop.posterior(waiting).mean)
     assert set(waiting.head()) == {f"head/redeemed/{part}" for part in ("center", "scale", "weight")}
 
 
@@ -185,11 +185,11 @@ def test_poison_is_dropped_and_counted() -> None:
     poisoned = learner(after=2)
     for row in rows(2):
         poisoned.observe(row)
-    before = poisoned.posterior.mean.copy()
+    before = shop.posterior(poisoned).mean.copy()
     poisoned.learn(np.array([math.nan, 0, 0], np.float32), True, 1.0, 0.5, 0)
     poisoned.learn(np.array([math.inf, 0, 0], np.float32), True, 1.0, 0.5, 0)
     assert (poisoned.learned, poisoned.dropped) == (0, 2)
-    assert np.array_equal(poisoned.posterior.mean, before)
+    assert np.array_equal(shop.posterior(poisoned).mean, before)
     # Nor does it reach the standardiser.
     fresh = learner(after=2)
     fresh.observe(np.array([math.nan, 0, 0], np.float32))
@@ -212,8 +212,8 @@ def test_a_learner_goes_on_bit_for_bit_from_its_checkpoint(tmp_path: Path) -> No
         saved = learner(after=10)
         saved.load(database)
     # Then they are the same
-    assert np.array_equal(straight.posterior.mean, saved.posterior.mean)
-    assert np.array_equal(straight.posterior.covariance, saved.posterior.covariance)
+    assert np.array_equal(shop.posterior(straight).mean, shop.posterior(saved).mean)
+    assert np.array_equal(shop.posterior(straight).covariance, shop.posterior(saved).covariance)
     assert (straight.labels, straight.included) == (saved.labels, saved.included)
     assert straight.prequential.log_loss() == saved.prequential.log_loss()
     with pytest.raises(StoreError, match="has 5 inputs"):

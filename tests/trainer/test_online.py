@@ -85,7 +85,8 @@ def feed(trainer: OnlineTrainer, stream: list[tuple[int, Record]]) -> None:
 
 def posterior(trainer: OnlineTrainer) -> bytes:
     learner = trainer.learners["redeemed"]
-    return learner.posterior.mean.tobytes() + learner.posterior.covariance.tobytes()
+    head = shop.posterior(learner)
+    return head.mean.tobytes() + head.covariance.tobytes()
 
 
 def rows(trainer: OnlineTrainer) -> dict[bytes, bytes]:
@@ -247,7 +248,9 @@ def test_learned_heads_predict_and_are_served_as_published(tmp_path: Path) -> No
         trainer.serve(ParameterSet(trainer.tensors(), number + 1))
     trainer.observe_metrics()
     trainer.checkpoint(0)
-    quality = trainer.metrics.registry.get_sample_value("livestate_prequential_auc", {"task": "redeemed"})
+    quality = trainer.metrics.registry.get_sample_value(
+        "livestate_prequential_auc", {"task": "redeemed", "head": "logistic"}
+    )
     assert quality is not None
     assert quality > 0.7
     # And the record allows to say what the model of any moment would have said
@@ -257,7 +260,7 @@ def test_learned_heads_predict_and_are_served_as_published(tmp_path: Path) -> No
     nothing = frozen_predictions(found, 0, BayesianLogistic.of_task(task, is_state))
     assert np.all(nothing == 0.5)
     scaled = np.clip((found.inputs - found.center) / found.scale, -6, 6)
-    logits = np.append(scaled, np.ones((len(found), 1)), axis=1) @ trainer.learners["redeemed"].posterior.mean
+    logits = np.append(scaled, np.ones((len(found), 1)), axis=1) @ shop.posterior(trainer.learners["redeemed"]).mean
     np.testing.assert_allclose(everything, 1 / (1 + np.exp(-logits)), atol=1e-12)
     trainer.close()
 

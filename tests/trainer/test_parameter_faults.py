@@ -24,6 +24,7 @@ from trainer.pretrain import random_trunk, save_parameters
 from trainer.publisher import Publisher, read_latest
 
 from .conftest import LiveShop, NewShop
+from .shop import posterior
 from .test_crash import opened
 from .test_service import stream
 
@@ -271,4 +272,4 @@ def test_nothing_is_lost_while_the_broker_is_away(
         with opened(shop) as known:
             learner = known.learners["redeemed"]
             assert learner.labels == clients
-            assert learner.posterior.mean.tobytes() == reader.served[-1][1]["head/redeemed/weight"]
+            assert posterior(learner).mean.tobytes() == reader.served[-1][1]["head/redeemed/weight"]

@@ -21,7 +21,7 @@ from trainer.timeline import Record
 
 from . import shop
 from .conftest import LiveShop, NewShop
-from .shop import START_MS, answer, purchase, send
+from .shop import START_MS, answer, posterior, purchase, send
 
 CLIENTS = 40
 
@@ -103,7 +103,7 @@ def test_feedback_becomes_a_version_that_holds_the_posterior(new_shop: NewShop) 
     assembler, markers = live.versions()
     assert assembler.current is not None
     learner = trainer.service.trainer.learners["redeemed"]
-    assert np.array_equal(assembler.current["head/redeemed/weight"], learner.posterior.mean)
+    assert np.array_equal(assembler.current["head/redeemed/weight"], posterior(learner).mean)
     assert assembler.current.trunk_id == random_trunk(live.settings, []).trunk_id
     times = sorted(at for marker in markers for at in marker.feedback_ms)
     assert times == sorted(one.timestamp_ms for one in feedback)
@@ -276,7 +276,7 @@ def test_a_rebuild_learns_beside_the_running_trainer_and_takes_over(new_shop: Ne
     assert after[0].trunk_id == trunk.trunk_id
     assert after[0].version > before[0].version
     learner = second.service.trainer.learners["redeemed"]
-    assert np.array_equal(after[0]["head/redeemed/weight"], learner.posterior.mean)
+    assert np.array_equal(after[0]["head/redeemed/weight"], posterior(learner).mean)
     assert second.sample(LEARNED, task="redeemed") == CLIENTS
     assert second.sample("livestate_trainer_taking_over") == 0
     # And the first trainer ends as soon as it wants to publish

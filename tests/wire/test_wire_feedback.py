@@ -100,6 +100,43 @@ def test_a_binary_label_is_a_boolean_or_its_number(label: Any, meant: bool) -> N
     assert decode(content(label=label)).label is meant
 
 
+KINDS = parse(
+    """
+    [modalities.send]
+    [tasks.channel]
+    on = "send"
+    kind = "multiclass"
+    classes = ["post", "mail"]
+    [tasks.spent]
+    on = "send"
+    kind = "regression"
+    """
+)
+
+
+@pytest.mark.parametrize(("task", "label"), [("channel", "mail"), ("spent", -1.5), ("spent", 3)])
+def test_labels_of_other_kinds_are_read(task: str, label: Any) -> None:
+    value = msgpack.packb(content(task=task, label=label))
+    assert decode_feedback(b"ann", value, None, KINDS).label == label
+
+
+@pytest.mark.parametrize(
+    ("task", "label", "reason", "said"),
+    [
+        ("channel", "fax", "out_of_range", "label = 'fax': expected one of 'post, mail'"),
+        ("channel", True, "wrong_type", "label = True: expected one of 'post, mail'"),
+        ("spent", "much", "wrong_type", "label = 'much': expected a number"),
+        ("spent", True, "wrong_type", "label = True: expected a number"),
+        ("spent", math.nan, "not_finite", "label = nan: expected a finite number"),
+    ],
+)
+def test_labels_of_another_kind_are_refused_by_what_would_do(task: str, label: Any, reason: str, said: str) -> None:
+    with pytest.raises(RecordError) as refused:
+        decode_feedback(b"ann", msgpack.packb(content(task=task, label=label)), None, KINDS)
+    assert refused.value.reason == reason
+    assert str(refused.value).startswith(said)
+
+
 def test_feedback_may_be_known_at_the_moment_it_answers() -> None:
     assert decode(content(as_of_ms=2000)).as_of_ms == 2000
 

@@ -225,7 +225,7 @@ def test_predictions_are_of_the_row_as_it_is_and_an_average_event(all_in_one: st
     center = PARAMETERS["head/accepted/center"][features.shape[1] :]
     inputs = np.concatenate([features, np.tile(center, (1, 1)).astype(np.float32)], axis=1)
     assert inputs.shape[1] == question.width
-    expected = float(SERVED.heads["accepted"].predict(inputs)[0])
+    expected = float(SERVED.heads["accepted"].predict(inputs)[0, 0])
     # Then HTTP says the same
     assert get(all_in_one, "client-3").json()["predictions"]["accepted"] == pytest.approx(expected, rel=1e-6)
 

@@ -102,11 +102,13 @@ def write_report(
     from trainer.report.figures import report_on
 
     examples = read_record(record)
-    tasks = [name for name in settings.tasks if name in examples and task in (None, name)]
+    binary = [name for name, one in settings.tasks.items() if one.kind == "binary"]
+    tasks = [name for name in binary if name in examples and task in (None, name)]
     if not tasks:
         found = ", ".join(examples) or "nothing"
         raise DataError(
-            f"record {str(record)!r} has no example of {task or 'any task of these settings'}, only {found}"
+            f"record {str(record)!r} has no example of {task or 'any task of these settings'} that is binary, only "
+            f"{found}"
         )
     figures: dict[str, Any] = {"record": str(record), "tasks": {}, "pictures": []}
     for name in tasks:

@@ -1,0 +1,65 @@
+"""What each part of a task's head must do to learn; how it serves is in `stream.model.heads`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream.model.parameters import Tensor
+
+__all__ = ["Labelled", "Load", "PartLearner"]
+
+Floats = NDArray[np.float64]
+
+#: The bytes that `save` gave under a name; raises StoreError where the checkpoint lacks them.
+Load = Callable[[str], bytes]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """An answered example: `inputs` (F,) as they were; `target` 0 or 1, the index of a class, or a value.
+
+    `final_ms`: stream time at which it may be learned; `published_ms`: Kafka's time of the feedback.
+    """
+
+    inputs: NDArray[np.float32]
+    target: float
+    weight: float
+    published_ms: int
+    final_ms: int
+    log_odds_offset: float
+
+
+class PartLearner(Protocol):
+    """Learns one part.
+
+    Guaranteed of each: the same labels in the same order give the same tensors, bit for bit, on one thread of one
+    machine, wherever it is saved and loaded in between. `behind` counts labels taken that `tensors` does not have yet.
+    """
+
+    behind: int
+
+    def learn(self, one: Labelled, x: Floats) -> int:
+        """Take one label, with its inputs standardised and a one (F + 1,); returns how many labels had to be dropped,
+        as they would have made something not finite."""
+        ...
+
+    def tensors(self, center: Floats, scale: Floats) -> dict[str, Tensor]:
+        """What it serves now; empty while it serves nothing."""
+        ...
+
+    def save(self) -> dict[str, bytes]:
+        """Everything, by names of its own."""
+        ...
+
+    def load(self, load: Load) -> None:
+        """Take over what `save` gave."""
+        ...
+
+    def close(self) -> None:
+        """End what it started."""
+        ...

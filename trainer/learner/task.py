@@ -1,0 +1,261 @@
+"""What one task learns: its inputs' scale, the parts of its head, and how good each one's predictions were.
+
+A kind of part plugs in here with what learns it; how it serves is in `stream.model.heads`.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections import deque
+
+import msgpack
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from stream.errors import StoreError
+from stream.model.heads import standardise
+from stream.model.parameters import Tensor
+from stream.settings import Task
+from stream.wire import Label
+from trainer.checkpoint import Changes, Database, unpack_array
+from trainer.learner.examples import Examples
+from trainer.learner.logistic import LinearLearner, LogisticLearner
+from trainer.learner.mlp import MlpLearner
+from trainer.learner.part import Labelled, PartLearner
+from trainer.learner.prequential import Prequential
+from trainer.learner.standardiser import Standardiser
+from trainer.learner.trees import TreesLearner
+
+__all__ = ["AVERAGE", "TaskLearner"]
+
+#: How the average of several parts is called in metrics.
+AVERAGE = "average"
+#: Labels that may come while a fit is made of earlier ones.
+_SLACK = 16_384
+#: Most times of feedback that one version reports.
+_REPORTED = 1_000
+
+
+class TaskLearner:
+    """What one task learns: standardiser, parts, and the labels that wait for the standardiser.
+
+    Parameters
+    ----------
+    is_state: (F,) which of the head's inputs are hidden state or sketch.
+    seed: of every random choice.
+
+    `learned` and `dropped` count since the program started; `included` lists Kafka's times of the feedback
+    that some part has and no published version has yet.
+    """
+
+    def __init__(self, task: str, is_state: NDArray[np.bool_], settings: Task, seed: int = 0) -> None:
+        self.task = task
+        self.kind = settings.kind
+        self.width = len(is_state)
+        self._settings = settings
+        self._outputs = max(1, len(settings.classes))
+        self.standardiser = Standardiser(self.width, settings.standardise_after)
+        wants_examples = not {"mlp", "gbdt"}.isdisjoint(settings.parts)
+        self.examples = Examples(self.width, settings.keep_examples, _SLACK) if wants_examples else None
+        # Each task draws for itself, whatever others there are.
+        own_seed = (seed + zlib.crc32(task.encode())) % 2**31
+        self.parts: dict[str, PartLearner] = {
+            name: self._part(name, settings, is_state, own_seed) for name in settings.parts
+        }
+        several = [AVERAGE] if len(self.parts) > 1 else []
+        #: Of what was served, first, and, where there are several, of each part alone.
+        self.quality = {name: Prequential(settings.kind) for name in [*several, *self.parts]}
+        self.learned = 0
+        self.dropped = 0
+        self.included: list[int] = []
+        self._waiting: deque[int] = deque()
+        self._labels = 0
+        self._queue: list[Labelled] = []
+        self._changed = True
+
+    def _part(self, name: str, settings: Task, is_state: NDArray[np.bool_], seed: int) -> PartLearner:
+        if name == "logistic":
+            return LogisticLearner(self.task, settings, is_state)
+        if name == "linear":
+            return LinearLearner(self.task, settings, is_state)
+        assert self.examples is not None
+        if name == "mlp":
+            return MlpLearner(self.task, settings, self.width, self.standardiser, self.examples, seed)
+        return TreesLearner(self.task, settings, self.examples, seed)
+
+    @property
+    def labels(self) -> int:
+        """Labels learned from."""
+        return self._labels
+
+    @property
+    def queued(self) -> int:
+        """Labels that wait until the standardiser is fixed."""
+        return len(self._queue)
+
+    @property
+    def prequential(self) -> Prequential:
+        """Quality of what was served."""
+        return next(iter(self.quality.values()))
+
+    def observe(self, inputs: NDArray[np.float32]) -> bool:
+        """Take the inputs (F,) of a new example; True when they fixed the standardiser. Labels that waited
+        for that are then learned, in the order they came."""
+        if not np.isfinite(inputs).all() or not self.standardiser.observe(inputs):
+            return False
+        queue, self._queue = self._queue, []
+        for one in queue:
+            self._learn(one)
+        return True
+
+    def learn(
+        self,
+        inputs: NDArray[np.float32],
+        label: Label,
+        weight: float,
+        prediction: float,
+        published_ms: int,
+        log_odds_offset: float = 0.0,
+        others: ArrayLike = (),
+        final_ms: int = 0,
+    ) -> None:
+        """Take one answered example, with the prediction that was made for it.
+
+        Parameters
+        ----------
+        log_odds_offset: of a binary task: known log-odds that are added to the head's for this label alone, as where
+            negatives are a sample.
+        others: what else was said; see `Example`.
+        final_ms: stream time at which the label may be learned.
+        """
+        target = self._target(label)
+        self._judge(np.append(np.float64(prediction), np.asarray(others, np.float64)), target)
+        self._changed = True
+        one = Labelled(inputs, target, weight, published_ms, final_ms, log_odds_offset)
+        if not (np.isfinite(inputs).all() and math.isfinite(weight) and math.isfinite(log_odds_offset)):
+            self.dropped += 1
+        elif self.standardiser.center is None:
+            self._queue.append(one)
+        else:
+            self._learn(one)
+
+    def _target(self, label: Label) -> float:
+        return float(self._settings.classes.index(label)) if isinstance(label, str) else float(label)
+
+    def _judge(self, said: NDArray[np.float64], target: float) -> None:
+        for i, quality in enumerate(self.quality.values()):
+            outputs = said[i * self._outputs : (i + 1) * self._outputs]
+            if len(outputs) == self._outputs:
+                quality.add(outputs, target)
+
+    def _learn(self, one: Labelled) -> None:
+        x = standardise(one.inputs[None, :], *self.standardiser.fixed)[0]
+        if self.examples is not None:
+            self.examples.add(one)
+        dropped = max(part.learn(one, x) for part in self.parts.values())
+        self.dropped += dropped
+        self.learned += max(0, 1 - dropped)
+        self._labels += max(0, 1 - dropped)
+        self._changed = True
+        if not dropped:
+            self._waiting.append(one.published_ms)
+        behind = min(part.behind for part in self.parts.values())
+        ready = len(self._waiting) - behind
+        if ready > 0:
+            served = [self._waiting.popleft() for _ in range(ready)]
+            self.included += served[-_REPORTED:]
+
+    def head(self) -> dict[str, Tensor]:
+        """The tensors to serve; none before the first label is learned."""
+        if self.standardiser.center is None or not self._labels:
+            return {}
+        center, scale = self.standardiser.fixed
+        tensors: dict[str, Tensor] = {}
+        for part in self.parts.values():
+            tensors |= part.tensors(center, scale)
+        return tensors
+
+    def save(self, changes: Changes) -> None:
+        """Add everything to a checkpoint; the parts only where a label came."""
+        changes[self._name("standardiser")] = self.standardiser.save()
+        if not self._changed:
+            return
+        for part in self.parts.values():
+            for name, value in part.save().items():
+                changes[self._name(name)] = value
+        for name, quality in self.quality.items():
+            changes[self._name(f"prequential/{name}")] = quality.save()
+        if self.examples is not None:
+            self.examples.save(changes, self._name("x/"))
+        changes[self._name("queue")] = msgpack.packb(
+            [
+                [q.inputs.tobytes(), q.target, q.weight, q.published_ms, q.final_ms, q.log_odds_offset]
+                for q in self._queue
+            ]
+        )
+        kept = self.examples.count if self.examples is not None else 0
+        changes[self._name("counts")] = msgpack.packb(
+            [list(self.parts), self._labels, self.included, list(self._waiting), kept]
+        )
+
+    def saved(self) -> None:
+        """The checkpoint is written."""
+        self._changed = False
+        if self.examples is not None:
+            self.examples.saved()
+
+    def load(self, database: Database) -> None:
+        """Take over what the last checkpoint holds, if it holds anything.
+
+        Raises
+        ------
+        StoreError: the checkpoint was made with other inputs of the task, or another head.
+        """
+        standardiser = database.get(self._name("standardiser"))
+        if standardiser is None:
+            return
+        advice = "restore the task's settings, or use another trainer.data_dir"
+        if unpack_array(standardiser).shape[1] != self.width:
+            raise StoreError(
+                f"task {self.task!r} has {self.width} inputs, but the checkpoint in {str(database.path)!r} was "
+                f"made with {unpack_array(standardiser).shape[1]}: {advice}"
+            )
+
+        def load(part: str) -> bytes:
+            found = database.get(self._name(part))
+            if found is None:
+                raise StoreError(f"the checkpoint in {str(database.path)!r} lacks {part!r} of task {self.task!r}")
+            return found
+
+        parts, self._labels, self.included, waiting, kept = msgpack.unpackb(load("counts"))
+        if parts != list(self.parts):
+            raise StoreError(
+                f"task {self.task!r} has the head {', '.join(self.parts)}, but the checkpoint in "
+                f"{str(database.path)!r} was made with {', '.join(parts)}: {advice}"
+            )
+        self.standardiser.load(standardiser)
+        self._waiting = deque(waiting)
+        if self.examples is not None:
+            self.examples.load(kept, database.scan(self._name("x/")))
+        for name, quality in self.quality.items():
+            quality.load(load(f"prequential/{name}"))
+        for part in self.parts.values():
+            part.load(load)
+        self._queue = [
+            Labelled(np.frombuffer(inputs, np.float32), *about) for inputs, *about in msgpack.unpackb(load("queue"))
+        ]
+        self._changed = False
+
+    def confirm(self, included: int) -> None:
+        """The first `included` entries of `included` are in a version that is confirmed."""
+        del self.included[:included]
+        self._changed = self._changed or included > 0
+
+    def close(self) -> None:
+        """End what the parts started."""
+        for part in self.parts.values():
+            part.close()
+
+    def _name(self, part: str) -> bytes:
+        return f"t/{self.task}/{part}".encode()

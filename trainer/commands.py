@@ -1,4 +1,4 @@
-"""The sub-commands `livestate trainer`, `livestate rebuild` and `livestate pretrain`."""
+"""The sub-commands `livestate trainer`, `livestate rebuild`, `livestate pretrain`, `versions` and `rollback`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from msgspec import structs
 
 from stream.cli import add_settings, configure_logging, settings_of
 from stream.errors import SettingsError
+from trainer import version_commands
 from trainer.report import commands as report
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_rebuild(subparsers)
     _add_pretrain(subparsers)
     report.register(subparsers)
+    version_commands.register(subparsers)
 
 
 def _add_trainer(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

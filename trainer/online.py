@@ -12,7 +12,8 @@ it comes in the same order. An event applied twice changes nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from stream.errors import RecordError, StoreError
+from stream.errors import ParametersError, RecordError, StoreError
 from stream.metrics import TrainerMetrics
 from stream.model.engine import Engine, Triggers
 from stream.model.heads import Questions, TaskQuestion
@@ -30,6 +31,7 @@ from stream.settings import Settings, row_ttls
 from stream.wire import EventColumns, EventDecoder, Schema, decode_feedback
 from trainer.checkpoint import Changes, Database, pack_array, unpack_array
 from trainer.delays import Delays
+from trainer.history import History, KeptVersion
 from trainer.joiner import Example, Joined, Joiner
 from trainer.learner import TaskLearner
 from trainer.record import Recorder
@@ -146,6 +148,7 @@ class OnlineTrainer:
         }
         for learner in self.learners.values():
             learner.load(database)
+        self.history = History(database, settings.trainer.history_versions)
         self.recorder = Recorder(record, recorded) if record is not None else None
         self._recorded = recorded
         self.serve(parameters)
@@ -340,6 +343,48 @@ class OnlineTrainer:
         for task, count in included.items():
             self.learners[task].confirm(count)
 
+    def states(self) -> dict[str, bytes]:
+        """By task, what a version published now is made from; for `keep`."""
+        return {task: learner.state() for task, learner in self.learners.items()}
+
+    def keep(
+        self, version: ParameterSet, epoch: int, created_ms: int, states: Mapping[str, bytes], equals: int | None = None
+    ) -> None:
+        """Keep a published version, so that it can be gone back to.
+
+        Parameters
+        ----------
+        states: what it was made from.
+        equals: the version it went back to.
+        """
+        losses = {task: learner.loss() for task, learner in self.learners.items()}
+        about = KeptVersion(
+            version.version, epoch, created_ms, version.trunk_id,
+            {task: learner.labels for task, learner in self.learners.items()},
+            {task: loss if math.isfinite(loss) else None for task, loss in losses.items()}, equals,
+        )  # fmt: skip
+        self.history.add(about, states)
+
+    def roll_back(self, version: int) -> None:
+        """Go on from the learners' states of a kept version: a version published now equals it.
+
+        What was learned since is forgotten; examples that wait, rows and positions stay as they are. A task that the
+        version does not know begins anew.
+
+        Raises
+        ------
+        ParametersError: it is not kept, or has another trunk.
+        """
+        about = self.history[version]
+        if about.trunk != self.parameters.trunk_id:
+            raise ParametersError(
+                f"version {version} has trunk {about.trunk}, this trainer's is {self.parameters.trunk_id}: "
+                f"bring that back with `livestate rebuild`"
+            )
+        states = self.history.states(version)
+        for task, learner in self.learners.items():
+            learner.restore(states.get(task))
+
     def checkpoint(self, version: int) -> None:
         """Write everything as one.
 
@@ -356,6 +401,7 @@ class OnlineTrainer:
         changes: Changes = {}
         self.replica.save(changes)
         self.joiner.save(changes)
+        self.history.save(changes)
         for learner in self.learners.values():
             learner.save(changes)
         if not self._parameters_saved:
@@ -378,6 +424,7 @@ class OnlineTrainer:
         self._parameters_saved = True
         self.replica.saved()
         self.joiner.saved()
+        self.history.saved()
         for learner in self.learners.values():
             learner.saved()
 

@@ -17,19 +17,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
-from stream.errors import BrokerError, Fenced, ParametersError, RecordError
+from stream.errors import BrokerError, Fenced, LivestateError, ParametersError, RecordError
 from stream.kafka import client_config, ensure_topics, log_ends, producer_config, wait_until_reachable
 from stream.metrics import TrainerMetrics
 from stream.model.parameters import ParameterSet
 from stream.settings import Settings
 from stream.wire import dead_letter_headers
-from trainer.monitoring import Health, Monitoring
+from trainer.monitoring import Health, Monitoring, RollbackRequest, Rollbacks
 from trainer.online import OnlineTrainer
 from trainer.pretrain import random_trunk
 from trainer.publisher import Publisher, read_latest
@@ -94,12 +94,18 @@ class TrainerService:
         self.metrics.data_dir.path = Path(settings.trainer.data_dir)
         self.metrics.checkpoint_time.set(clock())
         self.health = Health()
+        self.rollbacks = Rollbacks()
         self.trainer: OnlineTrainer | None = None
         self.http_port = 0
         self._parameters = parameters
         self._record = record
         self._takes_over = takes_over
         self._publisher: Publisher | None = None
+        self._keeping = _Timer(settings.trainer.history_interval_s)
+        #: States that the version on its way was made from, where it is to be kept.
+        self._states: Mapping[str, bytes] | None = None
+        self._created_ms = 0
+        self._rolled_back: RollbackRequest | None = None
         self._clock = clock
         self._monotonic = monotonic
         self._stopping = threading.Event()
@@ -126,7 +132,7 @@ class TrainerService:
         """
         settings = self.settings
         with Monitoring(
-            settings.trainer.http_host, settings.trainer.http_port, self.metrics, self.health
+            settings.trainer.http_host, settings.trainer.http_port, self.metrics, self.health, self.rollbacks
         ) as monitoring:
             self.http_port = monitoring.port
             wait_until_reachable(settings, broker_timeout_s)
@@ -151,6 +157,7 @@ class TrainerService:
             self._record,
         )
         self.trainer = trainer
+        self.rollbacks.list_versions = lambda: [asdict(one) for one in trainer.history.kept]
         try:
             if self._takes_over:
                 self.metrics.taking_over.set(1)
@@ -250,6 +257,8 @@ class TrainerService:
             elif self._publisher.is_waiting:
                 if retries.is_due(now):
                     first = not self._publish(trainer) and first
+            elif not self.rollbacks.requests.empty():
+                first = not self._roll_back(trainer, self.rollbacks.requests.get()) and first
             elif (first or trainer.unpublished()) and not self._behind and publishing.is_due(now):
                 first = not self._publish(trainer) and first
             self._fetch(consumer)
@@ -358,7 +367,10 @@ class TrainerService:
                 version = publisher.retry()
             else:
                 self._included = trainer.unpublished()
-                version = publisher.publish(trainer.tensors(), trainer.feedback_ms(), int(self._clock() * 1000))
+                is_kept = self._rolled_back is not None or self._keeping.is_due(self._monotonic())
+                self._states = trainer.states() if is_kept else None
+                self._created_ms = int(self._clock() * 1000)
+                version = publisher.publish(trainer.tensors(), trainer.feedback_ms(), self._created_ms)
         except Fenced:
             raise
         except BrokerError as error:
@@ -369,23 +381,54 @@ class TrainerService:
         self.health.ready = True
         trainer.confirm(self._included)
         trainer.serve(version)
+        request, self._rolled_back = self._rolled_back, None
+        if self._states is not None:
+            equals = request.version if request is not None else None
+            trainer.keep(version, publisher.epoch, self._created_ms, self._states, equals)
+        if request is not None:
+            logger.info("version %d equals version %d: rolled back", version.version, request.version)
+            request.published = version.version
+            request.done.set()
         self.metrics.publish_seconds.observe(self._monotonic() - started)
         self.metrics.versions_published.inc()
         self.metrics.version.set(version.version)
         return True
 
-    def _checkpoint(self, trainer: OnlineTrainer, patience_s: float = 1.0) -> None:
-        """Write a checkpoint, unless dead letters that belong before it are still on their way."""
+    def _roll_back(self, trainer: OnlineTrainer, request: RollbackRequest) -> bool:
+        """Publish a version that equals an earlier one; returns whether it was confirmed.
+
+        The learners' states are in a checkpoint before anybody is served from them: a trainer that is killed in
+        between publishes the same.
+        """
+        try:
+            if self._behind:
+                raise BrokerError("the trainer is still reading what there was when it started; ask again")
+            trainer.roll_back(request.version)
+        except LivestateError as error:
+            request.error = error
+            request.done.set()
+            return False
+        while not self._checkpoint(trainer, _DEAD_LETTERS_S):
+            if self._stopping.is_set():
+                request.error = BrokerError("the trainer was told to stop; ask again")
+                request.done.set()
+                return False
+        self._rolled_back = request
+        return self._publish(trainer)
+
+    def _checkpoint(self, trainer: OnlineTrainer, patience_s: float = 1.0) -> bool:
+        """Write a checkpoint; False, and none, where dead letters that belong before it are still on their way."""
         started = self._monotonic()
         waiting = self._dead_letters.flush(patience_s)
         if self._refused is not None:
             raise BrokerError(f"topic {self.settings.topics.dead_letters!r} cannot be written: {self._refused.str()}")
         if waiting:
             logger.warning("no checkpoint: %d dead letters wait for the broker", waiting)
-            return
+            return False
         trainer.checkpoint(0 if self._publisher is None else self._publisher.version)
         self.metrics.checkpoint_seconds.observe(self._monotonic() - started)
         self.metrics.checkpoint_time.set(self._clock())
+        return True
 
     def _observe(self, consumer: Consumer, trainer: OnlineTrainer) -> None:
         trainer.observe_metrics()

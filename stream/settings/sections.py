@@ -380,6 +380,10 @@ class Trainer(_Section, frozen=True):
     checkpoint_interval_s: Seconds = 10.0
     #: Time between parameter versions, where something was learned.
     publish_interval_s: Seconds = 0.5
+    #: Most versions kept for `livestate rollback`; of older ones, fewer and fewer for the same time.
+    history_versions: Annotated[int, Meta(ge=2, le=1000)] = 32
+    #: A version is kept when the one kept before is at least so old.
+    history_interval_s: Annotated[float, Meta(ge=0)] = 10.0
     #: Address that HTTP listens on.
     http_host: str = "127.0.0.1"
     #: Its port; 0 takes any free one.

@@ -154,6 +154,34 @@ def test_a_head_goes_on_bit_for_bit_from_its_checkpoint(kind: str, head: str, tm
     database.close()
 
 
+@pytest.mark.parametrize(("kind", "head"), CASES)
+def test_a_head_goes_back_to_a_state_as_if_it_had_learned_nothing_since(kind: str, head: str) -> None:
+    # Given a learner that learned wrong labels after a state, and one that did not
+    settings = task(kind, head, keep=300)
+    x, labels = examples(kind, 500)
+    straight, other = (TaskLearner("answer", np.zeros(WIDTH, np.bool_), settings, seed=3) for _ in range(2))
+    teach(straight, x, labels)
+    teach(other, x[:347], labels[:347])
+    state, before = other.state(), other.head()
+    teach(other, x[:50], labels[200:250], 347)
+    # When it goes back, then it serves what it served
+    other.restore(state)
+    after = other.head()
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    # And when it learns on, then both end the same, bit for bit
+    teach(other, x[347:], labels[347:], 347)
+    ours, theirs = straight.head(), other.head()
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    assert straight.labels == other.labels
+    # And back to the start
+    other.restore(None)
+    assert (other.labels, other.head(), other.included) == (0, {}, [])
+    for learner in (straight, other):
+        learner.close()
+
+
 def test_feedback_counts_as_included_when_a_step_has_learned_it() -> None:
     # Given the head `mlp`, which takes eight labels in a step
     learner = TaskLearner("answer", np.zeros(WIDTH, np.bool_), task("binary", "mlp"))

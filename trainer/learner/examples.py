@@ -44,6 +44,8 @@ class Examples:
         self.capacity = capacity
         self.slack = slack
         self.count = 0
+        #: Examples before this number are not there any more, though they are within the capacity.
+        self.lowest = 0
         self._room = -(-(capacity + slack) // _CHUNK) * _CHUNK
         self._inputs = np.zeros((_CHUNK, width), np.float32)
         #: Target, weight and offset.
@@ -62,7 +64,12 @@ class Examples:
 
     def first(self, until: int) -> int:
         """Number of the oldest example within the capacity before number `until`."""
-        return max(0, until - self.capacity)
+        return max(0, until - self.capacity, min(self.lowest, until))
+
+    def forget_since(self, count: int) -> None:
+        """Go back to when there were so many. Of those, the ones that later ones were written over are gone."""
+        self.lowest = max(self.lowest, self.count - self._room)
+        self.count = count
 
     def take(self, numbers: NDArray[np.int64]) -> Batch:
         """Examples by number."""
@@ -87,14 +94,14 @@ class Examples:
         """The checkpoint is written."""
         self._changed.clear()
 
-    def load(self, count: int, chunks: Iterable[tuple[bytes, bytes]]) -> None:
+    def load(self, count: int, lowest: int, chunks: Iterable[tuple[bytes, bytes]]) -> None:
         """Take over what checkpoints wrote.
 
         Raises
         ------
         StoreError: a chunk is of another width, or they are fewer than `count` says.
         """
-        self.count = count
+        self.count, self.lowest = count, lowest
         width = self._inputs.shape[1]
         about_bytes = _CHUNK * 3 * 8
         found = 0

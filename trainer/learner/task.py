@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import deque
+from collections.abc import Callable
 
 import msgpack
 import numpy as np
@@ -60,9 +61,10 @@ class TaskLearner:
         self.examples = Examples(self.width, settings.keep_examples, _SLACK) if wants_examples else None
         # Each task draws for itself, whatever others there are.
         own_seed = (seed + zlib.crc32(task.encode())) % 2**31
-        self.parts: dict[str, PartLearner] = {
+        self._new_parts: Callable[[], dict[str, PartLearner]] = lambda: {
             name: self._part(name, settings, is_state, own_seed) for name in settings.parts
         }
+        self.parts = self._new_parts()
         several = [AVERAGE] if len(self.parts) > 1 else []
         #: Of what was served, first, and, where there are several, of each part alone.
         self.quality = {name: Prequential(settings.kind) for name in [*several, *self.parts]}
@@ -98,6 +100,10 @@ class TaskLearner:
     def prequential(self) -> Prequential:
         """Quality of what was served."""
         return next(iter(self.quality.values()))
+
+    def loss(self) -> float:
+        """Mean log loss, of a regression the mean squared error, of what was served; NaN where nothing was answered."""
+        return self.prequential.squared_error() if self.kind == "regression" else self.prequential.log_loss()
 
     def observe(self, inputs: NDArray[np.float32]) -> bool:
         """Take the inputs (F,) of a new example; True when they fixed the standardiser. Labels that waited
@@ -176,6 +182,27 @@ class TaskLearner:
             tensors |= part.tensors(center, scale)
         return tensors
 
+    def state(self) -> bytes:
+        """What was learned, as bytes; for `restore`. The standardiser is fixed for good and not part of it."""
+        parts = {name: value for part in self.parts.values() for name, value in part.save().items()}
+        kept = self.examples.count if self.examples is not None else 0
+        packed: bytes = msgpack.packb([self._labels, list(self._waiting), kept, parts])
+        return packed
+
+    def restore(self, state: bytes | None) -> None:
+        """Go back to what `state` wrote; None: to having learned nothing. What was learned since is forgotten."""
+        labels, waiting, kept, parts = (0, [], 0, None) if state is None else msgpack.unpackb(state)
+        self.close()
+        self.parts = self._new_parts()
+        if self.examples is not None:
+            self.examples.forget_since(kept)
+        if parts is not None:
+            for part in self.parts.values():
+                part.load(parts.__getitem__)
+        self._labels, self._waiting = labels, deque(waiting)
+        self.included.clear()
+        self._changed = True
+
     def save(self, changes: Changes) -> None:
         """Add everything to a checkpoint; the parts only where a label came."""
         changes[self._name("standardiser")] = self.standardiser.save()
@@ -194,7 +221,7 @@ class TaskLearner:
                 for q in self._queue
             ]
         )
-        kept = self.examples.count if self.examples is not None else 0
+        kept = [self.examples.count, self.examples.lowest] if self.examples is not None else [0, 0]
         changes[self._name("counts")] = msgpack.packb(
             [list(self.parts), self._labels, self.included, list(self._waiting), kept]
         )
@@ -237,7 +264,7 @@ class TaskLearner:
         self.standardiser.load(standardiser)
         self._waiting = deque(waiting)
         if self.examples is not None:
-            self.examples.load(kept, database.scan(self._name("x/")))
+            self.examples.load(kept[0], kept[1], database.scan(self._name("x/")))
         for name, quality in self.quality.items():
             quality.load(load(f"prequential/{name}"))
         for part in self.parts.values():

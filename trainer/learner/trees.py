@@ -67,7 +67,7 @@ class TreesLearner:
     def _is_enough(self) -> bool:
         least = self._settings.gbdt.least_examples
         count = self._examples.count
-        if count < least:
+        if count - self._examples.first(count) < least:
             return False
         if self._settings.kind == "regression":
             return True

@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numba import njit
 
-__all__ = ["advance", "assemble", "copy_rows", "expiry_parts", "plan", "scatter_hidden"]
+__all__ = ["advance", "assemble", "copy_rows", "expiry_parts", "plan", "ring_code", "scatter_hidden", "tally_bins"]
 
 _TIME_BASE = 16777216.0  # 2**24: the largest power below which float32 holds every integer
 _LARGEST = 1e15  # a sum of amounts beyond this could overflow float32 and poison its row
@@ -110,6 +110,13 @@ def ring_code(hashed):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
+def tally_bins(hashed, size):  # type: ignore[no-untyped-def]
+    """The bin of a value in each of the two rows of a tally of `size` bins."""
+    bins = np.uint64(size)
+    return np.int64((hashed & np.uint64(0xFFFFFFFF)) % bins), np.int64((hashed >> np.uint64(32)) % bins)
+
+
+@njit(cache=True, nogil=True)
 def _push(memory, at, slots, width):  # type: ignore[no-untyped-def]
     """Make room at the front of a range of `slots` floats; its last `width` are dropped."""
     for k in range(at + slots - 1, at + width - 1, -1):
@@ -183,6 +190,13 @@ def _remember(  # type: ignore[no-untyped-def]
                 high, low = ring_code(hashes[i, column])
                 memory[at] = high
                 memory[at + 1] = low
+        elif kind == 9:
+            column = operations[o, 5]
+            if lengths[i, column] >= 0:
+                size = operations[o, 2] // 2
+                one, other = tally_bins(hashes[i, column], size)
+                memory[at + one] += np.float32(weight)
+                memory[at + size + other] += np.float32(weight)
         else:
             column = operations[o, 5]
             if lengths[i, column] >= 0:

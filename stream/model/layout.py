@@ -5,12 +5,10 @@ that decays at one half-life lies together (one multiply over a range for each h
 decay, then times. A time is kept in two float32 values, `high * 2**24 + low` milliseconds, both exact; (0, 0)
 means never.
 
-What keeps the latest values has the newest first. A `ring` keeps two floats a value, 24 bits of its hash each and
-(0, 0) where there is none yet. A `last` of a category keeps 1 + the value's number, one more than declared for any
-other, 0 for none yet; a `last` of a number the numbers, and behind them how many there are.
-
-Guaranteed: the same settings always give the same layout, and `fingerprint` differs where rows of two layouts
-could not be exchanged.
+A `tally` is two rows of bins, and a value counts in one bin of each. What keeps the latest values has the newest first.
+A `ring` keeps two floats a value, 24 bits of its hash each and (0, 0) where there is none yet. A `last` of a category
+keeps 1 + the value's number, one more than declared for any other, 0 for none yet; a `last` of a number the numbers,
+and behind them how many there are.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from stream.wire import ModalitySchema, Schema
 __all__ = ["EmbeddedField", "Layout", "Operation", "OperationTable"]
 
 #: Operation kinds as the kernel knows them.
-COUNT, SUM, VISITS, LAST_TIME, SKETCH, FIRST_TIME, LAST_NUMBER, LAST_CATEGORY, RING = range(9)
+COUNT, SUM, VISITS, LAST_TIME, SKETCH, FIRST_TIME, LAST_NUMBER, LAST_CATEGORY, RING, TALLY = range(10)
 _KINDS = {
     "count": COUNT,
     "sum": SUM,
@@ -36,6 +34,7 @@ _KINDS = {
     "first_time": FIRST_TIME,
     "last_time": LAST_TIME,
     "ring": RING,
+    "tally": TALLY,
     "sketch": SKETCH,
 }
 #: Condition kinds as the kernel knows them.
@@ -165,6 +164,8 @@ def _slots(settings: Settings, memory: Memory) -> int:
         return memory.dimensions
     if memory.kind == "ring":
         return 2 * memory.size
+    if memory.kind == "tally":
+        return 2 * memory.dimensions
     declared = settings.modalities[memory.modality].fields
     if memory.kind == "last":
         assert memory.field is not None

@@ -2,8 +2,9 @@
 
 Counts, sums and visits are read through a signed logarithm, sketches by their direction, times as the logarithm
 of the hours since (and whether the thing ever happened), the latest numbers through a signed logarithm (and whether
-there is one), the latest categories as one column for each declared value and one for all others. A ring says nothing
-by itself. One function for worker and trainer; a row's features do not depend on the other rows of the call.
+there is one), the latest categories as one column for each declared value and one for all others; what is `per`
+another memory by its share of that one. Rings and tallies say nothing by themselves. One function for worker and
+trainer; a row's features do not depend on the other rows of the call.
 """
 
 from __future__ import annotations
@@ -30,10 +31,15 @@ class Readout:
         self._hidden = layout.hidden
         names = [f"hidden[{i}]" for i in range(layout.hidden)]
         statistics: list[int] = []
+        shares: list[tuple[int, int]] = []
+        place = {operation.memory.name: operation for operation in layout.operations}
         self._sketches: list[slice] = []
         times: list[int] = []
         for operation in layout.operations:
             if operation.is_statistic:
+                if operation.memory.per is not None:
+                    whole = place[operation.memory.per].start
+                    shares += [(len(statistics) + at, whole) for at in range(operation.slots)]
                 statistics += range(operation.start, operation.start + operation.slots)
                 names += _slot_names(layout, operation.memory.name, operation.memory.by, operation.memory.modality)
         for operation in layout.operations:
@@ -54,6 +60,7 @@ class Readout:
                 kept = range(1, operation.memory.size + 1)
                 names += [f"{operation.memory.name}[{at}].{part}" for at in kept for part in parts]
         self._statistics = np.array(statistics, np.int64)
+        self._shares, self._wholes = np.array(shares, np.int64).reshape(-1, 2).T
         self._times = np.array(times, np.int64)
         self.names = tuple(names)
         self.is_state = np.zeros(len(names), np.bool_)
@@ -77,6 +84,10 @@ class Readout:
         """
         parts = [hidden]
         statistics = memory[:, self._statistics]
+        if len(self._shares):
+            whole = memory[:, self._wholes]
+            parts_of = statistics[:, self._shares]
+            statistics[:, self._shares] = np.divide(parts_of, whole, out=np.zeros_like(whole), where=whole > 0)
         parts.append(np.copysign(np.log1p(np.abs(statistics)), statistics))
         for where in self._sketches:
             sketch = memory[:, where]

@@ -13,6 +13,8 @@ __all__ = ["check"]
 
 #: Most seconds between the shortest time to live of a row and the longest.
 _TTL_SPREAD_S = 4 * 365 * 86_400
+#: Kinds of memory that keep amounts.
+_STATISTICS = ("count", "sum", "visits")
 
 
 def _refuse(name: str, value: object, accepted: object) -> None:
@@ -38,9 +40,10 @@ def check(settings: Settings) -> None:
             _refuse(f"{name}.on", task.on, f"one of the modalities {sorted(settings.modalities)}")
         for field_name in task.inputs:
             asked = settings.modalities[task.on].fields.get(field_name)
-            if asked is None or asked.type == "text" or (asked.type == "category" and not asked.values):
+            if asked is None or asked.type in ("text", "items") or (asked.type == "category" and not asked.values):
                 accepted = f"a number field of {task.on}, or a category field of it with declared `values`"
                 _refuse(f"{name}.inputs", field_name, accepted)
+        _check_candidates(settings, name, task)
         if task.final_by is not None:
             by = settings.modalities[task.on].fields.get(task.final_by)
             if by is None or by.type != "category" or not by.values:
@@ -119,6 +122,17 @@ def _check_http(worker: Worker) -> None:
         _refuse("worker.http_advertise", worker.http_advertise, "an https URL, as worker.http_certificate_file is set")
 
 
+def _check_candidates(settings: Settings, name: str, task: Task) -> None:
+    listing = sorted(key for key, field in settings.modalities[task.on].fields.items() if field.type == "items")
+    matched = sorted(memory.name for memory in settings.memory if memory.kind in ("ring", "tally"))
+    for field_name, memories in task.candidates.items():
+        if field_name not in listing:
+            _refuse(f"{name}.candidates", field_name, f"fields of {task.on} of type items: {listing}")
+        for memory_name in memories:
+            if memory_name not in matched:
+                _refuse(f"{name}.candidates.{field_name}", memory_name, f"rings and tallies: {matched}")
+
+
 def _check_field(name: str, field: Field) -> None:
     if field.type != "number" and (field.min is not None or field.max is not None):
         _refuse(
@@ -143,7 +157,7 @@ def _check_memory(settings: Settings, memory: Memory) -> None:
     def fields(kind: str) -> list[str]:
         return sorted(key for key, field in modality.fields.items() if field.type == kind)
 
-    needs = {"sum": "number", "sketch": "category", "ring": "category"}.get(memory.kind)
+    needs = {"sum": "number", "sketch": "category", "ring": "category", "tally": "category"}.get(memory.kind)
     if needs is not None and memory.field not in fields(needs):
         _refuse(f"{name}.field", memory.field, f"a {needs} field of {memory.modality}: {fields(needs)}")
     if memory.kind == "last":
@@ -163,6 +177,14 @@ def _check_memory(settings: Settings, memory: Memory) -> None:
         _refuse(f"{name}.half_life_s", memory.half_life_s, f"nothing: kind {memory.kind!r} does not decay")
     if memory.kind != "visits" and memory.gap_s:
         _refuse(f"{name}.gap_s", memory.gap_s, "nothing: only visits have a gap")
+    if memory.kind == "sketch" and memory.dimensions > 64:
+        _refuse(f"{name}.dimensions", memory.dimensions, "at most 64, a sign for each bit of a hash")
+    if memory.per is not None:
+        if memory.kind not in _STATISTICS:
+            _refuse(f"{name}.per", memory.per, f"nothing: kind {memory.kind!r} is no share of anything")
+        wholes = [m.name for m in settings.memory if m.kind in _STATISTICS and m.by is None and m.name != memory.name]
+        if memory.per not in wholes:
+            _refuse(f"{name}.per", memory.per, f"a count, sum or visits without `by`: {wholes}")
     if memory.kind not in ("last", "ring") and memory.size != 1:
         _refuse(f"{name}.size", memory.size, "nothing: only `last` and `ring` have a size")
     if memory.where is not None:

@@ -117,14 +117,15 @@ class Field(_Section, frozen=True):
     """One field of a modality's events.
 
     `category`: text, an integer or a boolean, compared as text. `number`: finite, within `min` and `max`.
-    `text`: validated and kept out of the model.
+    `text`: validated and kept out of the model. `items`: a list of categories, or of lists of them, which are groups;
+    a category beside groups is a group by itself. A task names such a field as its `candidates`.
     """
 
     #: What the field holds.
-    type: Literal["category", "number", "text"]
+    type: Literal["category", "number", "text", "items"]
     #: Whether an event without it is refused.
     required: bool = True
-    #: category, text: longest value, in UTF-8.
+    #: category, text, items: longest value, in UTF-8.
     max_bytes: Annotated[int, Meta(ge=1, le=65_536)] = 64
     #: number: smallest value.
     min: float | None = None
@@ -138,6 +139,8 @@ class Field(_Section, frozen=True):
     values: list[str] = []
     #: number: whether the encoder reads it, after a signed logarithm and scaling.
     encode: bool = True
+    #: items: most categories in the list, over all its groups.
+    max_items: Annotated[int, Meta(ge=1, le=4096)] = 1024
 
 
 class Modality(_Section, frozen=True):
@@ -168,10 +171,11 @@ class Memory(_Section, frozen=True):
     kind `count`: events; `sum`: a number field; `visits`: events that come more than `gap_s` after the previous
     one of the modality; `first_time`, `last_time`: when it first or last happened; `last`: the latest `size` values
     of a number field, or of a category field with declared `values`; `ring`: the latest `size` values of any
-    category field, as 48 bits of their hash; `sketch`: sum of fixed random sign codes of a category field,
-    `dimensions` wide. `half_life_s` makes count, sum, visits and sketch decay; `by` keeps one slot for every
-    declared value of a category field and one for all others. Latest by arrival: of two events the one with the
-    larger offset, also where it is late.
+    category field, as 48 bits of their hash; `tally`: counts of all values of any category field, in twice
+    `dimensions` bins (a count-min sketch: Cormode and Muthukrishnan, 2005); `sketch`: sum of fixed random sign codes
+    of a category field, `dimensions` wide. `half_life_s` makes count, sum, visits, tally and sketch decay; `by` keeps
+    one slot for every declared value of a category field and one for all others. Latest by arrival: of two events the
+    one with the larger offset, also where it is late. Rings and tallies are read where a task has `candidates`.
     """
 
     #: Names its features.
@@ -179,8 +183,8 @@ class Memory(_Section, frozen=True):
     #: The kind of event that updates it.
     modality: Name
     #: What is kept; see above.
-    kind: Literal["count", "sum", "visits", "first_time", "last_time", "last", "ring", "sketch"]
-    #: sum: the number added; last: the number or category kept; ring, sketch: the category.
+    kind: Literal["count", "sum", "visits", "first_time", "last_time", "last", "ring", "tally", "sketch"]
+    #: sum: the number added; last: the number or category kept; ring, tally, sketch: the category.
     field: Name | None = None
     #: count, sum, first_time, last_time: one slot for each declared value of this category field, and one for all
     #: others.
@@ -191,8 +195,10 @@ class Memory(_Section, frozen=True):
     where: Where | None = None
     #: visits: events that come no later than this after the one before belong to the same visit.
     gap_s: Annotated[float, Meta(ge=0)] = 0.0
-    #: sketch: its width.
-    dimensions: Annotated[int, Meta(ge=1, le=64)] = 32
+    #: sketch: its width, at most 64; tally: half its width.
+    dimensions: Annotated[int, Meta(ge=1, le=1024)] = 32
+    #: count, sum, visits: heads read it as a share of this other memory, which keeps one value; by itself by default.
+    per: Name | None = None
     #: last, ring: how many values are kept.
     size: Annotated[int, Meta(ge=1, le=256)] = 1
 
@@ -294,14 +300,17 @@ class Task(_Section, frozen=True):
     final_by: Name | None = None
     #: Prior variance of each weight of the Bayesian logistic head (inputs are standardised).
     prior_variance: Annotated[float, Meta(gt=0, le=100)] = 0.01
-    #: The same for weights on hidden state and sketches, whose many columns say little each; by default a tenth.
-    state_prior_variance: Annotated[float, Meta(gt=0, le=100)] | None = None
+    #: The same for weights on hidden state and sketches, whose many columns say little each; by default a tenth. At 0
+    #: they have no say.
+    state_prior_variance: Annotated[float, Meta(ge=0, le=100)] | None = None
     #: The same for the bias.
     bias_variance: Annotated[float, Meta(gt=0, le=1000)] = 4.0
     #: Standardise inputs by this many first examples, labelled or not; nothing is learned before.
     standardise_after: Annotated[int, Meta(ge=2)] = 500
     #: Fields of `on` that the head sees: numbers, and categories with declared `values` (one input each).
     inputs: list[Name] = []
+    #: Fields of `on` of type `items` that list candidates, each with the rings and tallies that are matched with them.
+    candidates: dict[Name, list[Name]] = {}
     #: Examples whose feedback has not come are forgotten after this long, in event time.
     feedback_ttl_s: Seconds = 180 * 86400.0
     #: mlp, gbdt: answered examples kept in memory and on disk to learn from again, the newest ones; each takes 4 bytes

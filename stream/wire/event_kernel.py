@@ -20,6 +20,7 @@ from stream.wire.reader import EVENT_ID_BYTES
 from stream.wire.scanning import (
     hash_range,
     is_utf8,
+    read_array_header,
     read_integer,
     read_map_header,
     read_number,
@@ -29,11 +30,12 @@ from stream.wire.scanning import (
     write_decimal,
 )
 
-__all__ = ["CATEGORY", "NUMBER", "TEXT", "decode_regular", "hash_rows"]
+__all__ = ["CATEGORY", "ITEMS", "NUMBER", "TEXT", "decode_regular", "hash_rows"]
 
 NUMBER = 0
 CATEGORY = 1
 TEXT = 2
+ITEMS = 3
 
 _CLIENT_ID = np.frombuffer(b"client_id", dtype=np.uint8)
 _TIMESTAMP_MS = np.frombuffer(b"timestamp_ms", dtype=np.uint8)
@@ -112,6 +114,48 @@ def _category(values: Any, position: Any, end: Any, max_bytes: Any, extra: Any, 
     return -extra_used - 1, length, after, extra_used + length
 
 
+@njit(cache=True, nogil=True)
+def _read_items(
+    values: Any,
+    position: Any,
+    end: Any,
+    max_items: Any,
+    max_bytes: Any,
+    extra: Any,
+    extra_used: Any,
+    item_hash: Any,
+    item_group: Any,
+    used: Any,
+) -> Any:
+    """Position after a list of items (-1: not regular) and how many are in `item_hash` and `item_group` then."""
+    first = used
+    groups, position = read_array_header(values, position, end)
+    if groups < 0 or groups > max_items:
+        return -1, first
+    for group in range(groups):
+        members, after = read_array_header(values, position, end)
+        if members < 0:
+            members = 1
+        elif members == 0 or members > max_items:
+            return -1, first
+        else:
+            position = after
+        for _ in range(members):
+            if used - first == max_items:
+                return -1, first
+            # Only the hash of an item is kept: its text in `extra` is written over by the next one.
+            start, length, position, _ = _category(values, position, end, max_bytes, extra, extra_used)
+            if position < 0:
+                return -1, first
+            if start < 0:
+                item_hash[used] = hash_range(extra, -start - 1, length)
+            else:
+                item_hash[used] = hash_range(values, start, length)
+            item_group[used] = group
+            used += 1
+    return position, used
+
+
 @njit(cache=True, nogil=True, forceinline=True)
 def _read_fields(
     row: Any,
@@ -127,6 +171,7 @@ def _read_fields(
     field_required: Any,
     field_columns: Any,
     field_max_bytes: Any,
+    field_max_items: Any,
     field_minimum: Any,
     field_maximum: Any,
     followers: Any,
@@ -135,6 +180,11 @@ def _read_fields(
     category_start: Any,
     category_length: Any,
     category_hash: Any,
+    item_start: Any,
+    item_count: Any,
+    item_hash: Any,
+    item_group: Any,
+    item_used: Any,
     extra: Any,
     extra_base: Any,
     extra_used: Any,
@@ -180,6 +230,24 @@ def _read_fields(
                 category_hash[row, column] = hash_range(values, start, length)
             category_start[row, column] = start
             category_length[row, column] = length
+        elif field_types[field] == ITEMS:
+            begin = item_used[0]
+            position, item_used[0] = _read_items(
+                values,
+                position,
+                end,
+                field_max_items[field],
+                field_max_bytes[field],
+                extra,
+                extra_used,
+                item_hash,
+                item_group,
+                begin,
+            )
+            if position < 0:
+                return -1, extra_used
+            item_start[row, column] = begin
+            item_count[row, column] = item_used[0] - begin
         else:
             start, length = read_text(values, position, end)
             if length < 0 or length > field_max_bytes[field] or not is_utf8(values, start, length):
@@ -211,6 +279,7 @@ def decode_regular(
     field_required: Any,
     field_columns: Any,
     field_max_bytes: Any,
+    field_max_items: Any,
     field_minimum: Any,
     field_maximum: Any,
     accepted: Any,
@@ -220,15 +289,20 @@ def decode_regular(
     category_start: Any,
     category_length: Any,
     category_hash: Any,
+    item_start: Any,
+    item_count: Any,
+    item_hash: Any,
+    item_group: Any,
     extra: Any,
 ) -> Any:
     """Fill the rows of regular records among `candidates` (bool[n]) and mark them in `accepted`.
 
     `extra` takes the text of categories that have none in the record: uint8, at least as many bytes as 20 a
-    category column and record, and 5 more. Its byte 0 counts as the one after the last of `values`. The other
-    arrays are those of `EventColumns` and of the compiled schema. Returns the number of bytes used of
-    `extra`.
+    category column and record, and 25 more. Its byte 0 counts as the one after the last of `values`. `item_hash`
+    and `item_group` have room for an item a byte of `values`. The other arrays are those of `EventColumns` and of the
+    compiled schema. Returns the number of bytes used of `extra` and of items.
     """
+    item_used = np.zeros(1, dtype=np.int64)
     n_fields = modality_fields[-1]
     n_modalities = len(modality_required)
     followers = np.full(n_fields + n_modalities, -1, dtype=np.int64)
@@ -247,6 +321,7 @@ def decode_regular(
         if pairs < 4 or pairs > 5:
             continue
         extra_before = extra_used
+        items_before = item_used[0]
         seen = 0
         moment = np.int64(0)
         modality = np.int64(-1)
@@ -310,6 +385,7 @@ def decode_regular(
                         field_required,
                         field_columns,
                         field_max_bytes,
+                        field_max_items,
                         field_minimum,
                         field_maximum,
                         followers,
@@ -318,6 +394,11 @@ def decode_regular(
                         category_start,
                         category_length,
                         category_hash,
+                        item_start,
+                        item_count,
+                        item_hash,
+                        item_group,
+                        item_used,
                         extra,
                         extra_base,
                         extra_used,
@@ -350,6 +431,7 @@ def decode_regular(
                 field_required,
                 field_columns,
                 field_max_bytes,
+                field_max_items,
                 field_minimum,
                 field_maximum,
                 followers,
@@ -358,6 +440,11 @@ def decode_regular(
                 category_start,
                 category_length,
                 category_hash,
+                item_start,
+                item_count,
+                item_hash,
+                item_group,
+                item_used,
                 extra,
                 extra_base,
                 extra_used,
@@ -370,11 +457,14 @@ def decode_regular(
             last_modality = modality
         else:
             extra_used = extra_before
+            item_used[0] = items_before
+            item_start[row, :] = 0
+            item_count[row, :] = -1
             numbers[row, :] = np.nan
             category_start[row, :] = 0
             category_length[row, :] = -1
             category_hash[row, :] = 0
-    return extra_used
+    return extra_used, item_used[0]
 
 
 @njit(cache=True, nogil=True)

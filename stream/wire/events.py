@@ -8,8 +8,8 @@ Two ways lead to the same columns: a compiled kernel for regular MessagePack rec
 record at a time, for everything else (JSON, unusual shapes, errors). `fast=False` takes the second alone.
 
 Numbers are float64. An integer beyond 2**53 is refused (`out_of_range`): it would not survive unchanged.
-Categories are text; an integer is its decimal text, a boolean `true` or `false`. A null is refused
-(`wrong_type`), also for an optional field: leave the field out.
+Categories are text; an integer is its decimal text, a boolean `true` or `false`; items are categories. A null is
+refused (`wrong_type`), also for an optional field: leave the field out.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from stream.errors import RecordError
 from stream.settings import Limits
 from stream.store.keys import MAX_KEY_BYTES, PackedKeys
 from stream.wire.block import RecordBlock
-from stream.wire.event_kernel import CATEGORY, NUMBER, TEXT, decode_regular, hash_rows
+from stream.wire.event_kernel import CATEGORY, ITEMS, NUMBER, TEXT, decode_regular, hash_rows
 from stream.wire.formats import Format, format_of
+from stream.wire.hashing import hash_bytes
 from stream.wire.reader import EventReader, skew_ms
 from stream.wire.schema import Schema
 
 __all__ = ["EventColumns", "EventDecoder", "FieldValue", "Rejected", "encode_event", "encode_event_json"]
 
-FieldValue = str | int | float | bool
+FieldValue = str | int | float | bool | Sequence["str | int | bool | Sequence[str | int | bool]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,9 @@ class EventColumns:
     category_start: int64[n, max_categories], first byte in `text`.
     category_length: int32[n, max_categories], bytes; -1 where a field is absent.
     category_hash: uint64[n, max_categories], `hash_bytes` of the bytes; 0 where a field is absent.
+    item_start, item_count: int64[n, max_item_fields], int32, where the items of a field are in the next two; a count
+        of -1 where a field is absent.
+    item_hash, item_group: uint64[items], `hash_bytes` of each item; int32[items], the group it is in, rising from 0.
     rejected: the records not accepted, by rising index.
     """
 
@@ -75,6 +79,10 @@ class EventColumns:
     category_start: NDArray[np.int64]
     category_length: NDArray[np.int32]
     category_hash: NDArray[np.uint64]
+    item_start: NDArray[np.int64]
+    item_count: NDArray[np.int32]
+    item_hash: NDArray[np.uint64]
+    item_group: NDArray[np.int32]
     rejected: list[Rejected]
 
     def category(self, row: int, column: int) -> bytes | None:
@@ -118,6 +126,11 @@ class EventDecoder:
         category_start = np.zeros(shape, dtype=np.int64)
         category_length = np.full(shape, -1, dtype=np.int32)
         category_hash = np.zeros(shape, dtype=np.uint64)
+        lists = (n, self.schema.max_item_fields)
+        item_start = np.zeros(lists, dtype=np.int64)
+        item_count = np.full(lists, -1, dtype=np.int32)
+        item_hash = np.empty(0, dtype=np.uint64)
+        item_group = np.empty(0, dtype=np.int32)
         text = block.value_bytes
         formats = self._formats(block)
         if self._fast:
@@ -127,8 +140,10 @@ class EventDecoder:
                 candidates &= self._default_format == "msgpack"
             else:
                 candidates &= [written_as == "msgpack" for written_as in formats]
-            extra = np.empty(20 * category_start.size + 5, dtype=np.uint8)
-            used = decode_regular(
+            extra = np.empty(20 * category_start.size + 25, dtype=np.uint8)
+            room = len(block.value_bytes) if self.schema.max_item_fields else 0
+            item_hash, item_group = np.empty(room, dtype=np.uint64), np.empty(room, dtype=np.int32)
+            used, items = decode_regular(
                 candidates,
                 block.key_bytes,
                 block.key_offsets,
@@ -146,8 +161,13 @@ class EventDecoder:
                 category_start,
                 category_length,
                 category_hash,
+                item_start,
+                item_count,
+                item_hash,
+                item_group,
                 extra,
             )
+            item_hash, item_group = item_hash[:items].copy(), item_group[:items].copy()
             if used:
                 text = np.concatenate((text, extra[:used]))
                 text.flags.writeable = False
@@ -155,6 +175,7 @@ class EventDecoder:
         rest = np.flatnonzero(~accepted)
         if len(rest):
             more = bytearray()
+            listed: list[tuple[int, bytes]] = []
             for row in rest.tolist():
                 try:
                     event = self._reader.read(
@@ -175,6 +196,14 @@ class EventDecoder:
                     category_start[row, column] = len(text) + len(more)
                     category_length[row, column] = len(value)
                     more += value
+                for column, found in event.items:
+                    item_start[row, column] = len(item_hash) + len(listed)
+                    item_count[row, column] = len(found)
+                    listed += found
+            if listed:
+                hashes = [hash_bytes(value) for _, value in listed]
+                item_hash = np.concatenate((item_hash, np.array(hashes, dtype=np.uint64)))
+                item_group = np.concatenate((item_group, np.array([group for group, _ in listed], dtype=np.int32)))
             if more:
                 text = np.concatenate((text, np.frombuffer(bytes(more), dtype=np.uint8)))
                 text.flags.writeable = False
@@ -191,6 +220,10 @@ class EventDecoder:
             category_start=category_start,
             category_length=category_length,
             category_hash=category_hash,
+            item_start=item_start,
+            item_count=item_count,
+            item_hash=item_hash,
+            item_group=item_group,
             rejected=rejected,
         )
 
@@ -225,12 +258,13 @@ class _Tables(NamedTuple):
     field_required: NDArray[np.int64]
     field_columns: NDArray[np.int64]
     field_max_bytes: NDArray[np.int64]
+    field_max_items: NDArray[np.int64]
     field_minimum: NDArray[np.float64]
     field_maximum: NDArray[np.float64]
 
 
 def _tables(schema: Schema) -> _Tables:
-    kinds = {"number": NUMBER, "category": CATEGORY, "text": TEXT}
+    kinds = {"number": NUMBER, "category": CATEGORY, "text": TEXT, "items": ITEMS}
     fields = [field for modality in schema.modalities for field in modality.fields.values()]
     modality_names, modality_name_offsets = _names(schema.modality_names)
     field_names, field_name_offsets = _names([field.name for field in fields])
@@ -246,6 +280,7 @@ def _tables(schema: Schema) -> _Tables:
         np.array([field.required for field in fields], dtype=np.int64),
         np.array([field.column for field in fields], dtype=np.int64),
         np.array([field.max_bytes for field in fields], dtype=np.int64),
+        np.array([field.max_items for field in fields], dtype=np.int64),
         np.array([field.minimum for field in fields], dtype=np.float64),
         np.array([field.maximum for field in fields], dtype=np.float64),
     )

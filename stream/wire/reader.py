@@ -12,7 +12,7 @@ from stream.settings import Limits
 from stream.wire import checks
 from stream.wire.checks import MAX_TIMESTAMP_MS
 from stream.wire.formats import Format, read_map
-from stream.wire.reasons import FUTURE, OUT_OF_RANGE, UNKNOWN_MODALITY, WRONG_TYPE, refusal, show
+from stream.wire.reasons import FUTURE, OUT_OF_RANGE, TOO_LARGE, UNKNOWN_MODALITY, WRONG_TYPE, refusal, show
 from stream.wire.schema import FieldSchema, Schema
 
 __all__ = ["EVENT_ID_BYTES", "EventReader", "ReadEvent", "skew_ms"]
@@ -24,12 +24,13 @@ _OPTIONAL: Final = ("event_id",)
 
 
 class ReadEvent(NamedTuple):
-    """A valid event: its values by column."""
+    """A valid event: its values by column; items as pairs of group and value."""
 
     timestamp_ms: int
     modality: int
     numbers: list[tuple[int, float]]
     categories: list[tuple[int, bytes]]
+    items: list[tuple[int, list[tuple[int, bytes]]]]
 
 
 def skew_ms(limits: Limits) -> int:
@@ -82,6 +83,7 @@ class EventReader:
         checks.keys(fields, modality.required, modality.fields, prefix="fields.")
         numbers: list[tuple[int, float]] = []
         categories: list[tuple[int, bytes]] = []
+        items: list[tuple[int, list[tuple[int, bytes]]]] = []
         for field_name, item in fields.items():
             field = modality.fields[field_name]
             label = f"fields.{field_name}"
@@ -89,9 +91,26 @@ class EventReader:
                 numbers.append((field.column, checks.number(label, item, field.minimum, field.maximum)))
             elif field.type == "category":
                 categories.append((field.column, _category(label, item, field)))
+            elif field.type == "items":
+                items.append((field.column, _items(label, item, field)))
             else:
                 checks.text(label, item, field.max_bytes)
-        return ReadEvent(timestamp_ms, modality.index, numbers, categories)
+        return ReadEvent(timestamp_ms, modality.index, numbers, categories, items)
+
+
+def _items(name: str, value: Any, field: FieldSchema) -> list[tuple[int, bytes]]:
+    """(group, category) of each item of a list."""
+    if not isinstance(value, list):
+        raise refusal(WRONG_TYPE, name, value, "a list of categories, or of lists of them")
+    if sum(len(member) if isinstance(member, list) else 1 for member in value) > field.max_items:
+        raise refusal(TOO_LARGE, name, value, f"at most max_items = {field.max_items} categories in all")
+    found: list[tuple[int, bytes]] = []
+    for group, member in enumerate(value):
+        if isinstance(member, list) and not member:
+            raise refusal(OUT_OF_RANGE, f"{name}[{group}]", member, "a group of at least one category")
+        for item in member if isinstance(member, list) else [member]:
+            found.append((group, _category(f"{name}[{group}]", item, field)))
+    return found
 
 
 def _category(name: str, value: Any, field: FieldSchema) -> bytes:

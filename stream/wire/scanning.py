@@ -15,6 +15,7 @@ from numba import njit
 __all__ = [
     "hash_range",
     "is_utf8",
+    "read_array_header",
     "read_integer",
     "read_map_header",
     "read_number",
@@ -114,6 +115,21 @@ def read_map_header(buffer: Any, position: Any, end: Any) -> Any:
     if tag == 0xDE and position + 3 <= end:
         return np.int64(_load(buffer, position + 1, 2)), position + 3
     if tag == 0xDF and position + 5 <= end:
+        return np.int64(_load(buffer, position + 1, 4)), position + 5
+    return -1, position
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def read_array_header(buffer: Any, position: Any, end: Any) -> Any:
+    """(number of members, position after the header); the number is -1 for anything but an array."""
+    if position >= end:
+        return -1, position
+    tag = buffer[position]
+    if 0x90 <= tag <= 0x9F:
+        return np.int64(tag & 0x0F), position + 1
+    if tag == 0xDC and position + 3 <= end:
+        return np.int64(_load(buffer, position + 1, 2)), position + 3
+    if tag == 0xDD and position + 5 <= end:
         return np.int64(_load(buffer, position + 1, 4)), position + 5
     return -1, position
 

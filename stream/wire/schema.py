@@ -23,27 +23,29 @@ class FieldSchema:
     """One field: its column (-1 for text) and the bounds its values must keep.
 
     `minimum` and `maximum` are inclusive and infinite where the settings give none; `max_bytes` bounds the
-    UTF-8 of a category or a text.
+    UTF-8 of a category, of a text, or of each of at most `max_items` items.
     """
 
     name: str
-    type: Literal["category", "number", "text"]
+    type: Literal["category", "number", "text", "items"]
     column: int
     required: bool
     max_bytes: int
     minimum: float
     maximum: float
+    max_items: int
 
 
 @dataclass(frozen=True, slots=True)
 class ModalitySchema:
-    """One kind of event; `number_fields` and `category_fields` map a field's name to its column."""
+    """One kind of event; `number_fields`, `category_fields` and `item_fields` map a field's name to its column."""
 
     name: str
     index: int
     fields: Mapping[str, FieldSchema]
     number_fields: Mapping[str, int]
     category_fields: Mapping[str, int]
+    item_fields: Mapping[str, int]
     text_fields: tuple[str, ...]
     required: tuple[str, ...]
 
@@ -57,6 +59,7 @@ class Schema:
     by_name: Mapping[str, ModalitySchema]
     max_numbers: int
     max_categories: int
+    max_item_fields: int
 
     @classmethod
     def compile(cls, settings: Settings) -> Schema:
@@ -71,11 +74,12 @@ class Schema:
             by_name=MappingProxyType({modality.name: modality for modality in modalities}),
             max_numbers=max((len(modality.number_fields) for modality in modalities), default=0),
             max_categories=max((len(modality.category_fields) for modality in modalities), default=0),
+            max_item_fields=max((len(modality.item_fields) for modality in modalities), default=0),
         )
 
 
 def _modality(index: int, name: str, declared: Mapping[str, Field]) -> ModalitySchema:
-    columns: dict[str, dict[str, int]] = {"number": {}, "category": {}, "text": {}}
+    columns: dict[str, dict[str, int]] = {"number": {}, "category": {}, "items": {}, "text": {}}
     fields: dict[str, FieldSchema] = {}
     for field_name, field in declared.items():
         taken = columns[field.type]
@@ -88,6 +92,7 @@ def _modality(index: int, name: str, declared: Mapping[str, Field]) -> ModalityS
             max_bytes=field.max_bytes,
             minimum=-math.inf if field.min is None else field.min,
             maximum=math.inf if field.max is None else field.max,
+            max_items=field.max_items,
         )
     return ModalitySchema(
         name=name,
@@ -95,6 +100,7 @@ def _modality(index: int, name: str, declared: Mapping[str, Field]) -> ModalityS
         fields=MappingProxyType(fields),
         number_fields=MappingProxyType(columns["number"]),
         category_fields=MappingProxyType(columns["category"]),
+        item_fields=MappingProxyType(columns["items"]),
         text_fields=tuple(columns["text"]),
         required=tuple(key for key, field in fields.items() if field.required),
     )

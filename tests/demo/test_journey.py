@@ -79,7 +79,16 @@ def test_sends_happen_at_the_campaigns_start_or_at_the_years(journey: Journey) -
     moments = np.stack([sends.household, sends.timestamp_ms])
     assert len(np.unique(moments, axis=1).T) == len(sends)
     send = next(event for event in journey.events() if event.modality == "campaign_send")
-    assert send.fields == {"campaign_id": "24", "campaign_type": "Type C", "duration_days": 63, "coupons": 27}
+    fields = dict(send.fields)
+    # A coupon lists the categories of its products, each once: 486 pairs at most where products would be 38,000
+    groups = fields.pop("categories")
+    assert isinstance(groups, tuple)
+    assert len(groups) == 27
+    assert groups[0] == ("AIR CARE",)
+    assert all(len(set(group)) == len(group) for one in campaigns.categories for group in one)
+    pairs = [sum(map(len, one)) for one in campaigns.categories]
+    assert (sum(pairs), max(pairs)) == (2_075, 486)
+    assert fields == {"campaign_id": "24", "campaign_type": "Type C", "duration_days": 63, "coupons": 27}
 
 
 def test_a_label_is_known_no_sooner_than_it_could_be(journey: Journey) -> None:

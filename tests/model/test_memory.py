@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from stream.errors import SettingsError
 from stream.model.engine import Engine, EventEncoder
-from stream.model.kernels import ring_code
+from stream.model.kernels import ring_code, tally_bins
 from stream.model.layout import Layout
 from stream.model.readout import Readout
 from stream.model.values import ValueTable
@@ -68,6 +68,9 @@ kinds = st.one_of(
     _kind("last", field=st.sampled_from(["amount", "merchant"]), size=sizes),
     _kind("last", modality=st.just("offer"), field=st.sampled_from(["product", "rate"]), where=st.none(), size=sizes),
     _kind("ring", field=st.sampled_from(["channel", "merchant"]), size=sizes),
+    _kind(
+        "tally", field=st.sampled_from(["channel", "merchant"]), dimensions=st.integers(1, 9), half_life_s=half_lives
+    ),
     _kind(
         "sketch", field=st.sampled_from(["channel", "merchant"]), dimensions=st.integers(1, 64), half_life_s=half_lives
     ),
@@ -135,6 +138,7 @@ def _expected(memory: Memory, events: list[Event]) -> NDArray[np.float64]:
     out = np.zeros(slots)
     visited = 0
     latest: list[float] = []
+    bins = np.zeros(2 * memory.dimensions)
     for event in taken:
         value = event.fields.get(memory.field or "")
         slot = (*MERCHANTS, event.fields["merchant"]).index(event.fields["merchant"]) if memory.by else 0
@@ -151,6 +155,9 @@ def _expected(memory: Memory, events: list[Event]) -> NDArray[np.float64]:
             out[slot] = min(out[slot] or math.inf, event.at_ms)
         elif memory.kind == "last_time":
             out[slot] = max(out[slot], event.at_ms)
+        elif value is not None and memory.kind == "tally":
+            one, other = tally_bins(np.uint64(hash_bytes(value.encode())), memory.dimensions)
+            bins[[one, memory.dimensions + other]] += left
         elif value is not None and memory.kind == "ring":
             latest = [*map(float, ring_code(np.uint64(hash_bytes(value.encode())))), *latest]
         elif value is not None and isinstance(value, str):
@@ -158,6 +165,8 @@ def _expected(memory: Memory, events: list[Event]) -> NDArray[np.float64]:
             latest = [1.0 + (*declared, value).index(value), *latest]
         elif value is not None:
             latest = [value, *latest]
+    if memory.kind == "tally":
+        return bins
     if memory.kind in ("last", "ring"):
         kept = memory.size * (2 if memory.kind == "ring" else 1)
         numbers = memory.field in ("amount", "rate")
@@ -273,9 +282,13 @@ def test_a_late_event_moves_a_first_time_back() -> None:
         ('kind = "last"\nfield = "amount"\nhalf_life_s = 5', r"half_life_s = 5\.0: expected nothing: kind 'last' does"),
         ('kind = "last"\nfield = "amount"\nby = "merchant"', r"by = 'merchant': expected nothing: kind 'last' keeps"),
         ('kind = "ring"\nfield = "amount"', r"field = 'amount': expected a category field of pay"),
-        ('kind = "ring"\nfield = "channel"\nsize = 0', r"memory\[14\]\.size: Expected `int` >= 1"),
+        ('kind = "ring"\nfield = "channel"\nsize = 0', r"memory\[16\]\.size: Expected `int` >= 1"),
         ('kind = "first_time"\nhalf_life_s = 5', r"half_life_s = 5\.0: expected nothing: kind 'first_time'"),
         ('kind = "first_time"\nfield = "amount"', r"field = 'amount': expected nothing: kind 'first_time' reads"),
+        ('kind = "tally"\nfield = "amount"', r"field = 'amount': expected a category field of pay"),
+        ('kind = "sketch"\nfield = "channel"\ndimensions = 65', r"dimensions = 65: expected at most 64"),
+        ('kind = "count"\nper = "large_channels"', r"per = 'large_channels': expected a count, sum or visits without"),
+        ('kind = "last_time"\nper = "sessions"', r"per = 'sessions': expected nothing: kind 'last_time' is no share"),
         ('kind = "count"\nsize = 4', r"size = 4: expected nothing: only `last` and `ring` have a size"),
     ],
 )
@@ -290,3 +303,21 @@ def test_a_layout_is_told_apart_by_what_it_keeps() -> None:
     other = msgspec.structs.replace(one, field="channel")
     # Then rows of the two cannot be exchanged
     assert _layout([one]).fingerprint == _layout([one]).fingerprint != _layout([other]).fingerprint
+
+
+def test_a_share_is_read_against_its_whole() -> None:
+    # Given a refund and three other payments, all at one time
+    described = [
+        Memory(name="all", modality="pay", kind="count"),
+        Memory(name="refunds", modality="pay", kind="count", where=Where(field="amount", below=0.0), per="all"),
+    ]
+    layout = _layout(described)
+    readout, none = Readout(layout), np.zeros((1, layout.width), np.float32)
+    events = [Event(0, START_MS, "pay", {"amount": amount, "merchant": "fuel"}) for amount in (-1.0, 2.0, 3.0, 4.0)]
+    rows = PlainRows(1, layout.width)
+    Engine(layout, random_trunk(layout)).advance(_columns(events), np.zeros(4, np.int64), rows)
+    # When a row is read, and one that knows nothing yet
+    both = np.concatenate([rows.vectors, none])
+    features = readout.features(both[:, : layout.hidden], both[:, layout.hidden :], np.full(2, START_MS))
+    # Then it is a quarter, and nothing of nothing
+    assert features[:, readout.names.index("refunds")].tolist() == pytest.approx([math.log1p(0.25), 0.0])

@@ -47,7 +47,8 @@ def settings_table() -> str:
         hints = get_type_hints(section, include_extras=True)
         for field in msgspec.structs.fields(section):
             kind = hints[field.name]
-            if get_origin(kind) is dict or (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
+            held = get_args(kind)[1] if get_origin(kind) is dict else kind
+            if isinstance(held, type) and issubclass(held, msgspec.Struct):
                 # A section of its own.
                 continue
             default = "required" if field.required else _default(field)
@@ -137,6 +138,8 @@ def _accepted(kind: Any) -> str:
             if value is not None
         ]
         return " ".join([_accepted(base), *bounds])
+    if get_origin(kind) is dict:
+        return f"table of {_accepted(get_args(kind)[1])}"
     if get_origin(kind) is list:
         return f"list of {_accepted(get_args(kind)[0])}"
     if get_args(kind) and all(isinstance(a, str) for a in get_args(kind)):

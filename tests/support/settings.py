@@ -16,6 +16,7 @@ channel = { type = "category", required = false, embedding = 2 }
 [modalities.offer.fields]
 product = { type = "category", embedding = 3, values = ["loan", "card"] }
 rate = { type = "number", required = false }
+channels = { type = "items", required = false, max_items = 8 }
 
 [model]
 hidden = 16
@@ -23,6 +24,7 @@ hidden = 16
 [tasks.accepted]
 on = "offer"
 inputs = ["product", "rate"]
+candidates = { channels = ["large_channels", "channel_counts"] }
 standardise_after = 20
 
 [[memory]]
@@ -104,6 +106,22 @@ kind = "ring"
 field = "channel"
 size = 4
 where = { field = "amount", above = 50 }
+
+[[memory]]
+name = "channel_counts"
+modality = "pay"
+kind = "tally"
+field = "channel"
+dimensions = 6
+half_life_s = 3600
+
+[[memory]]
+name = "refund_share"
+modality = "pay"
+kind = "count"
+half_life_s = 3600
+where = { field = "amount", below = 0 }
+per = "sessions"
 
 [[memory]]
 name = "merchants"

@@ -45,6 +45,8 @@ shop = { type = "category", required = false, max_bytes = 20 }
 [modalities.open.fields]
 rate = { type = "number" }
 kind = { type = "category", required = false }
+things = { type = "items", required = false, max_items = 5, max_bytes = 6 }
+more = { type = "items", required = false, max_items = 2 }
 
 [modalities.ping]
 
@@ -70,6 +72,14 @@ def described(columns: EventColumns) -> list[Any]:
             columns.numbers[row].view(np.uint64).tolist(),
             [columns.category(row, column) for column in range(SCHEMA.max_categories)],
             columns.category_hash[row].tolist(),
+            [
+                list(
+                    zip(columns.item_group[at : at + n].tolist(), columns.item_hash[at : at + n].tolist(), strict=True)
+                )
+                if n >= 0
+                else None
+                for at, n in zip(columns.item_start[row].tolist(), columns.item_count[row].tolist(), strict=True)
+            ],
             columns.keys[row],
             rejected.get(row),
         )
@@ -126,6 +136,11 @@ def packed(draw: Any, value: Any) -> bytes:
             forms.append(bytes([0x80 | len(value)]))
         body = b"".join(packed(draw, part) for pair in value for part in pair)
         return draw(st.sampled_from(forms)) + body
+    if isinstance(value, tuple):
+        forms = [b"\xdc" + struct.pack(">H", len(value)), b"\xdd" + struct.pack(">I", len(value))]
+        if len(value) < 16:
+            forms.append(bytes([0x90 | len(value)]))
+        return draw(st.sampled_from(forms)) + b"".join(packed(draw, part) for part in value)
     return msgpack.packb(value)
 
 
@@ -149,13 +164,30 @@ strange = st.one_of(
     st.just([("a", 1)]),
 )
 categories = st.one_of(texts, st.booleans(), st.integers(-(2**63), 2**63 - 1), st.integers(-99999, 999999))
-values_of = {"amount": numbers, "kind": categories, "memo": texts, "rate": numbers, "shop": categories}
+members = st.lists(st.one_of(categories, st.lists(categories, max_size=4).map(tuple)), max_size=7).map(tuple)
+items = st.one_of(members, st.lists(st.one_of(strange, members), max_size=3).map(tuple))
+values_of = {
+    "amount": numbers,
+    "kind": categories,
+    "memo": texts,
+    "rate": numbers,
+    "shop": categories,
+    "things": items,
+    "more": items,
+}
+item = st.one_of(st.sampled_from(["web", "é€", "", "123456"]), st.booleans(), st.integers(-99999, 999999))
 valid_values_of = {
     "amount": st.one_of(st.integers(-10, 1000), st.floats(-10, 1000)),
     "kind": st.one_of(st.sampled_from(["web", "é€", ""]), st.booleans(), st.integers(-99999, 999999)),
     "memo": st.sampled_from(["", "12345678", "été"]),
     "rate": st.one_of(st.integers(-(2**53), 2**53), st.floats(allow_nan=False, allow_infinity=False)),
     "shop": st.one_of(st.text("abc", max_size=20), st.integers(-(2**63), 2**63 - 1)),
+    "things": st.one_of(
+        st.lists(item, max_size=5).map(tuple),
+        st.tuples(st.lists(item, min_size=1, max_size=3).map(tuple), item, item),
+        st.tuples(item, st.lists(item, min_size=4, max_size=4).map(tuple)),
+    ),
+    "more": st.one_of(st.just(()), st.tuples(item), st.tuples(item, item), st.tuples(st.tuples(item, item))),
 }
 
 
@@ -274,6 +306,9 @@ def test_given_regular_records_then_the_kernel_takes_them_all() -> None:
         for i in range(100)
     ]
     block = RecordBlock.from_lists([b"ann"] * 100, values, range(100), [RECORD_MS] * 100)
+    values[1::2] = [
+        encode_event("ann", i, "open", {"rate": i, "things": [["a", i], True, ["b"]], "more": []}) for i in range(50)
+    ]
     decoder = EventDecoder(SCHEMA, SETTINGS.limits, "msgpack")
     decoder._reader = None  # type: ignore[assignment]
 

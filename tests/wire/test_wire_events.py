@@ -423,3 +423,66 @@ def test_threads_share_a_decoder(settings: Settings) -> None:
 def test_the_hash_is_fixed_for_all_releases() -> None:
     assert hash_bytes(b"") == 0xF52A15E9A9B5E89B
     assert hash_bytes(b"web") == 0xC850F03F92A375F3
+
+
+LISTS = """
+[modalities.offer.fields]
+products = { type = "items", max_items = 4, max_bytes = 8 }
+also = { type = "items", required = false }
+"""
+
+
+def decode_lists(fast: bool, content: bytes, written_as: str = "msgpack") -> EventColumns:
+    settings = parse(LISTS)
+    decoder = EventDecoder(Schema.compile(settings), settings.limits, "msgpack", fast=fast)
+    headers = [[("content-type", f"application/{written_as}".encode())]]
+    return decoder.decode(block(content, headers=headers))
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "slow"])
+@pytest.mark.parametrize("written_as", ["msgpack", "json"])
+def test_given_items_in_groups_then_each_has_its_hash_and_its_group(fast: bool, written_as: str) -> None:
+    # Given a list of a group, a category beside it and another group
+    content = event(modality="offer", fields={"products": [["milk", 4711], True, ["milk"]]})
+    value = msgpack.packb(content) if written_as == "msgpack" else json.dumps(content).encode()
+    # When it is decoded
+    columns = decode_lists(fast, value, written_as)
+    # Then its items are those categories, in order, by group; the field that is absent has none
+    assert columns.accepted.all(), columns.rejected
+    assert columns.item_start.tolist() == [[0, 0]]
+    assert columns.item_count.tolist() == [[4, -1]]
+    assert columns.item_group.tolist() == [0, 0, 1, 2]
+    assert columns.item_hash.tolist() == [hash_bytes(text) for text in (b"milk", b"4711", b"true", b"milk")]
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "slow"])
+@pytest.mark.parametrize(
+    ("products", "reason", "detail"),
+    [
+        ("milk", "wrong_type", "fields.products = 'milk': expected a list of categories, or of lists of them"),
+        (["a"] * 5, "too_large", "fields.products = a list of 5: expected at most max_items = 4 categories in all"),
+        ([["a"] * 3, ["b"] * 2], "too_large", "expected at most max_items = 4 categories in all"),
+        ([["a"], []], "out_of_range", "fields.products[1] = a list of 0: expected a group of at least one category"),
+        ([[["a"]]], "wrong_type", "fields.products[0] = a list of 1: expected text, an integer or a boolean"),
+        (["a", None], "wrong_type", "fields.products[1] = None: expected text, an integer or a boolean"),
+        ([1.5], "wrong_type", "fields.products[0] = 1.5: expected text, an integer or a boolean"),
+        (["x" * 9], "too_large", "fields.products[0] = 'xxxxxxxxx': expected at most 8 bytes of UTF-8, got 9"),
+    ],
+)
+def test_given_items_that_are_none_then_the_reason_names_what_would_be(
+    fast: bool, products: Any, reason: str, detail: str
+) -> None:
+    columns = decode_lists(fast, msgpack.packb(event(modality="offer", fields={"products": products})))
+
+    assert [one.reason for one in columns.rejected] == [reason]
+    assert detail in columns.rejected[0].detail
+
+
+def test_given_a_list_that_announces_more_than_it_holds_then_it_is_refused() -> None:
+    value = msgpack.packb(event(modality="offer", fields={"products": ["a", "b"]}))
+    announced = value.replace(b"\x92\xa1a\xa1b", b"\xdd\xff\xff\xff\xff\xa1a\xa1b")
+    assert announced != value
+
+    columns = decode_lists(True, announced)
+
+    assert [one.reason for one in columns.rejected] == ["undecodable"]

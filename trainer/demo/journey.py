@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from stream.errors import DataError
-from stream.wire import FeedbackRecord
+from stream.wire import FeedbackRecord, FieldValue
 
 __all__ = [
     "DAY_MS",
@@ -61,7 +61,7 @@ class Event(NamedTuple):
     client_id: str
     timestamp_ms: int
     modality: str
-    fields: dict[str, str | int | float]
+    fields: dict[str, FieldValue]
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,9 @@ class Campaigns:
     duration_days: Ints
     #: how many different coupons it has
     coupons: Ints
+    #: for each campaign, for each of its coupons, the categories of the products it is for; a coupon whose products
+    #: have no category is left out
+    categories: tuple[tuple[tuple[str, ...], ...], ...]
 
 
 @dataclass(frozen=True)
@@ -268,6 +271,7 @@ class Journey:
                 "campaign_type": campaigns.campaign_type[campaign],
                 "duration_days": int(campaigns.duration_days[campaign]),
                 "coupons": int(campaigns.coupons[campaign]),
+                "categories": campaigns.categories[campaign],
             },
         )
 
@@ -390,7 +394,7 @@ def _products(data: Path, bought: Ints) -> Products:
 
 def _campaigns(data: Path) -> Campaigns:
     described = _table(data, "campaign_descriptions", ["campaign_id", "campaign_type", "start_date", "end_date"])
-    coupons = _table(data, "coupons", ["coupon_upc", "campaign_id"])
+    coupons = _table(data, "coupons", ["coupon_upc", "product_id", "campaign_id"])
     pairs = np.unique(np.stack([_ints(coupons["campaign_id"]), _ints(coupons["coupon_upc"])]), axis=1)
     ids = _ints(described["campaign_id"])
     order = np.argsort(ids, kind="stable")
@@ -403,7 +407,30 @@ def _campaigns(data: Path) -> Campaigns:
         end_ms=last_day + DAY_MS - 1,
         duration_days=(last_day - start) // DAY_MS,
         coupons=np.asarray([np.count_nonzero(pairs[0] == i) for i in ids[order].tolist()], dtype=np.int64),
+        categories=_coupon_categories(data, coupons, ids[order]),
     )
+
+
+def _coupon_categories(
+    data: Path, coupons: dict[str, pa.ChunkedArray], campaigns: Ints
+) -> tuple[tuple[tuple[str, ...], ...], ...]:
+    """Categories and not products: a campaign's coupons are for up to 38,000 products of 500 pairs of coupon and
+    category, which is what an event can carry."""
+    listed = _table(data, "products", ["product_id", "product_category"])
+    texts = _texts(listed["product_category"])
+    number = {name: at for at, name in enumerate(sorted({text for text in texts.tolist() if text is not None}))}
+    of_product = dict(zip(_ints(listed["product_id"]).tolist(), texts.tolist(), strict=True))
+    upc, product, campaign = (_ints(coupons[name]) for name in ("coupon_upc", "product_id", "campaign_id"))
+    category = np.asarray([number.get(of_product.get(one), -1) for one in product.tolist()], dtype=np.int64)
+    names = list(number)
+    found = []
+    for one in campaigns.tolist():
+        own = (campaign == one) & (category >= 0)
+        groups: dict[int, list[str]] = {}
+        for coupon, at in np.unique(np.stack([upc[own], category[own]]), axis=1).T.tolist():
+            groups.setdefault(coupon, []).append(names[at])
+        found.append(tuple(tuple(group) for group in groups.values()))
+    return tuple(found)
 
 
 def _redemptions(data: Path, campaigns: Campaigns) -> Redemptions:

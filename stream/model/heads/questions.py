@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream.errors import ParametersError
+from stream.model.candidates import Matches
 from stream.model.engine import Triggers
 from stream.model.heads.head import Head, output_names, part_names
 from stream.model.heads.trees import lightgbm
@@ -27,10 +28,12 @@ class TaskQuestion:
         self._inputs = TaskInputs(layout, self.settings)
         by = self.settings.final_by
         self._strata = None if by is None else CategoryCodes(layout, self.settings.on, by)
+        self._matches = Matches(layout, self.settings)
         self._readout = readout
-        self.names = (*readout.names, *self._inputs.names)
+        of_event = (*self._inputs.names, *self._matches.names)
+        self.names = (*readout.names, *of_event)
         #: (F,) which inputs are hidden state or sketch.
-        self.is_state = np.concatenate([readout.is_state, np.zeros(len(self._inputs.names), np.bool_)])
+        self.is_state = np.concatenate([readout.is_state, np.zeros(len(of_event), np.bool_)])
         #: How its predictions are called on the embeddings topic and over HTTP.
         self.outputs = output_names(task, self.settings)
         self._before: Head | None = None
@@ -56,8 +59,10 @@ class TaskQuestion:
         """Indices (k,) into the triggers that this task predicts at, and the head's inputs (k, F) there."""
         own = np.flatnonzero(columns.modality[triggers.event] == self._modality)
         event = triggers.event[own]
-        features = self._readout.features(triggers.hidden[own], triggers.memory[own], columns.timestamp_ms[event])
-        return own, np.concatenate([features, self._inputs.values(columns, event)], axis=1)
+        memory = triggers.memory[own]
+        features = self._readout.features(triggers.hidden[own], memory, columns.timestamp_ms[event])
+        matches = self._matches.values(columns, event, memory)
+        return own, np.concatenate([features, self._inputs.values(columns, event), matches], axis=1)
 
     def head(self, parameters: ParameterSet) -> Head | None:
         """The head that these parameters hold; None where they hold none yet.

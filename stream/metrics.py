@@ -288,6 +288,16 @@ class TrainerMetrics(ProcessMetrics):
         r = self.registry
         self.events = Counter("livestate_trainer_events", "Events the trainer has applied.", registry=r)
         self.lag = Gauge("livestate_trainer_lag_events", "Records not read yet.", ["topic"], registry=r)
+        self.lag_seconds = Gauge(
+            "livestate_trainer_lag_seconds",
+            "Age of the oldest record that was fetched and not taken yet, by its Kafka timestamp; 0: there is none.",
+            registry=r,
+        )
+        self.label_share = Gauge(
+            "livestate_trainer_label_share",
+            "Share of labels that are learned from; below 1 while the trainer is behind and samples.",
+            registry=r,
+        )
         self.dead_letters = Counter(
             "livestate_dead_letters", "Records sent to dead-letters, by reason.", ["reason"], registry=r
         )
@@ -317,6 +327,11 @@ class TrainerMetrics(ProcessMetrics):
             ["task"],
             registry=r,
         )
+        self.passed_over = Counter(
+            "livestate_examples_passed_over",
+            "Labels not learned from, as the trainer was behind and learned from a sample of them.",
+            ["task"], registry=r,
+        )  # fmt: skip
         self.late_predictions = Counter(
             "livestate_late_predictions",
             "Events that ask for a prediction but came after a newer one of their client: no examples.",

@@ -33,6 +33,7 @@ from trainer.checkpoint import Changes, Database, pack_array, unpack_array
 from trainer.delays import Delays
 from trainer.history import History, KeptVersion
 from trainer.joiner import Example, Joined, Joiner
+from trainer.lag import sampled
 from trainer.learner import TaskLearner
 from trainer.record import Recorder
 from trainer.replica import Replica, late_events
@@ -81,6 +82,8 @@ class OnlineTrainer:
         self.settings = settings
         self.metrics = metrics
         self._refuse = refuse
+        #: Of the labels, how many are learned from; see `trainer.lag`.
+        self.label_share = 1.0
         self.layout = Layout.compile(settings, Schema.compile(settings))
         self._decoder = EventDecoder(self.layout.schema, settings.limits, settings.topics.format)
         self.questions = Questions(self.layout)
@@ -301,7 +304,11 @@ class OnlineTrainer:
             self._settle(lambda: self.joiner.watermarks, record.timestamp_ms)
         self._move(FEEDBACK, records)
 
-    def _learn(self, joined: Joined) -> None:
+    def _learn(self, label: Joined) -> None:
+        joined = sampled(label, self.label_share)
+        if joined is None:
+            self.metrics.passed_over.labels(label.example.task).inc()
+            return
         example = joined.example
         learner = self.learners[example.task]
         if joined.early:

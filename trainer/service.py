@@ -9,6 +9,8 @@ dead-letters before their positions are written (twice, perhaps, after a crash).
 its last published version publishes nothing until it has read again what was there when it started, so
 workers never go back.
 
+How far it is behind is told, and what then: see `trainer.lag`.
+
 Not guaranteed: progress without the broker. The process waits for it and says so; `/readyz` turns 503.
 """
 
@@ -29,6 +31,7 @@ from stream.metrics import TrainerMetrics
 from stream.model.parameters import ParameterSet
 from stream.settings import Settings
 from stream.wire import dead_letter_headers
+from trainer.lag import Lag
 from trainer.monitoring import Health, Monitoring, RollbackRequest, Rollbacks
 from trainer.online import OnlineTrainer
 from trainer.pretrain import random_trunk
@@ -110,6 +113,7 @@ class TrainerService:
         self._monotonic = monotonic
         self._stopping = threading.Event()
         self._timeline = Timeline(settings.topics.partitions)
+        self._lag = Lag(settings.trainer, self.metrics, clock, monotonic)
         self._topics = {settings.topics.events: EVENTS, settings.topics.feedback: FEEDBACK}
         self._paused: set[tuple[int, int]] = set()
         self._refused: KafkaError | None = None
@@ -262,6 +266,8 @@ class TrainerService:
             elif (first or trainer.unpublished()) and not self._behind and publishing.is_due(now):
                 first = not self._publish(trainer) and first
             self._fetch(consumer)
+            self._lag.note(self._timeline.oldest_ms)
+            trainer.label_share = self._lag.label_share
             moved = self._apply(trainer)
             now = self._monotonic()
             if moved or self._timeline.is_empty:
@@ -432,6 +438,7 @@ class TrainerService:
 
     def _observe(self, consumer: Consumer, trainer: OnlineTrainer) -> None:
         trainer.observe_metrics()
+        records = {}
         for topic, kind in self._topics.items():
             lag = 0
             for p in range(self.settings.topics.partitions):
@@ -439,7 +446,9 @@ class TrainerService:
                 # Before the first fetch the client knows no end, and the one found at the start holds.
                 end = max(high, self._ends[kind, p])
                 lag += max(0, end - trainer.positions.get((kind, p), 0))
-            self.metrics.lag.labels(topic).set(lag)
+            records[topic] = lag
+        self._lag.note(self._timeline.oldest_ms)
+        self._lag.tell(records)
 
     def _refuse(self, record: Record, error: RecordError) -> None:
         """Send an unusable feedback record to dead-letters, as it was received."""

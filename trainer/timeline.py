@@ -133,6 +133,11 @@ class Timeline:
         return buffer.ended and not len(buffer)
 
     @property
+    def oldest_ms(self) -> int | None:
+        """Kafka's time of the oldest record that was not handed out yet; None: there is none."""
+        return min((buffer.times[buffer.start] for buffer in self._buffers.values() if len(buffer)), default=None)
+
+    @property
     def is_empty(self) -> bool:
         """True when everything that was added has been handed out."""
         return not any(len(buffer) for buffer in self._buffers.values())

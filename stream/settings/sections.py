@@ -393,6 +393,13 @@ class Trainer(_Section, frozen=True):
     history_versions: Annotated[int, Meta(ge=2, le=1000)] = 32
     #: A version is kept when the one kept before is at least so old.
     history_interval_s: Annotated[float, Meta(ge=0)] = 10.0
+    #: The trainer is behind when a record that waits for it is older than this, by Kafka's timestamp. It says so.
+    behind_s: Seconds = 30.0
+    #: What it does then: `wait`, which is to go on with everything in its order, or `sample`: learn from
+    #: `sample_share` of the labels until it is no longer behind. Rows are exact either way.
+    when_behind: Literal["wait", "sample"] = "wait"
+    #: The share of labels that is learned from then; each weighs as many as it stands for.
+    sample_share: Annotated[float, Meta(gt=0, le=1)] = 0.1
     #: Address that HTTP listens on.
     http_host: str = "127.0.0.1"
     #: Its port; 0 takes any free one.

@@ -307,7 +307,9 @@ class ParameterReader(threading.Thread):
             consumer.assign([TopicPartition(topic, 0, 0)])
             at_end = False
             while not self._stopping.is_set():
-                for message in consumer.consume(500, timeout=0.05):
+                # To wait for 500 would keep a version of fewer records waiting.
+                first = consumer.poll(0.05)
+                for message in [] if first is None else [first, *consumer.consume(500, timeout=0.0)]:
                     error = message.error()
                     at_end = at_end and error is not None
                     if error is None:

@@ -34,7 +34,7 @@ __all__ = ["Changes", "Database", "Overlay", "pack_array", "unpack_array"]
 Changes = dict[bytes, bytes | None]
 
 _FORMAT_KEY = b"m/format"
-_FORMAT = b"3"
+_FORMAT = b"4"
 
 
 class Database:

@@ -41,8 +41,8 @@ EXAMPLE = b"e"
 #: States of a prediction: unanswered; unanswered and learned as negative; answered. The first two are followed by the
 #: example, the last by `pack_answered`.
 WAITING, ASSUMED, ANSWERED = b"w", b"n", b"a"
-#: Prediction, version, stratum, and how many other predictions follow.
-_HEAD = struct.Struct("<fqHH")
+#: Prediction, version, stratum, how many other predictions follow, and then how many bytes of keys.
+_HEAD = struct.Struct("<fqHHI")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Example:
 
     `inputs` (F,) of the head; `prediction`, the first of its predictions, NaN where there was no head yet; `version` of
     the parameters that made it; `stratum`, the index of its value of the task's `final_by`; `others`, what else was
-    said: of the other classes, then of each part of the head.
+    said: of the other classes, then of each part of the head; `keys`, of the rows that its event used, one for each of
+    the task's tables.
     """
 
     task: str
@@ -62,6 +63,7 @@ class Example:
     version: int
     stratum: int = 0
     others: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    keys: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,16 +132,20 @@ def _client_of(key: bytes) -> bytes:
 
 def pack_example(example: Example) -> bytes:
     """An example without what its key says."""
-    head = _HEAD.pack(example.prediction, example.version, example.stratum, len(example.others))
-    return head + example.others.tobytes() + example.inputs.tobytes()
+    keys: bytes = msgpack.packb(example.keys) if example.keys else b""
+    head = _HEAD.pack(example.prediction, example.version, example.stratum, len(example.others), len(keys))
+    return head + example.others.tobytes() + keys + example.inputs.tobytes()
 
 
 def unpack_example(key: bytes, value: bytes) -> Example:
     """The example of `pack_example` under its key."""
-    prediction, version, stratum, count = _HEAD.unpack_from(value)
+    prediction, version, stratum, count, key_bytes = _HEAD.unpack_from(value)
     others = np.frombuffer(value, np.float32, count, _HEAD.size)
-    inputs = np.frombuffer(value, np.float32, offset=_HEAD.size + others.nbytes)
-    return Example(task_of(key), _client_of(key), as_of_ms(key), inputs, prediction, version, stratum, others)
+    at = _HEAD.size + others.nbytes
+    keys = tuple(msgpack.unpackb(value[at : at + key_bytes])) if key_bytes else ()
+    # The floats may begin anywhere among the bytes.
+    inputs = np.frombuffer(value[at + key_bytes :], np.float32)
+    return Example(task_of(key), _client_of(key), as_of_ms(key), inputs, prediction, version, stratum, others, keys)
 
 
 def stratum_of(value: bytes) -> int:

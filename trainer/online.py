@@ -28,6 +28,7 @@ from stream.model.heads import Questions, TaskQuestion
 from stream.model.layout import Layout
 from stream.model.parameters import ParameterSet, Tensor
 from stream.settings import Settings, row_ttls
+from stream.store import PackedKeys
 from stream.wire import EventColumns, EventDecoder, Schema, decode_feedback
 from trainer.checkpoint import Changes, Database, pack_array, unpack_array
 from trainer.delays import Delays
@@ -35,6 +36,7 @@ from trainer.history import History, KeptVersion
 from trainer.joiner import Example, Joined, Joiner
 from trainer.lag import sampled
 from trainer.learner import TaskLearner
+from trainer.publisher import TableRows
 from trainer.record import Recorder
 from trainer.replica import Replica, late_events
 from trainer.timeline import EVENTS, FEEDBACK, Record, block_of
@@ -152,6 +154,8 @@ class OnlineTrainer:
         for learner in self.learners.values():
             learner.load(database)
         self.history = History(database, settings.trainer.history_versions)
+        self._tables = [table for learner in self.learners.values() for table in learner.tables]
+        self._ticks: dict[str, int] = {}
         self.recorder = Recorder(record, recorded) if record is not None else None
         self._recorded = recorded
         self.serve(parameters)
@@ -222,23 +226,26 @@ class OnlineTrainer:
         late: NDArray[np.bool_],
         watermark_before: NDArray[np.int64],
     ) -> None:
-        asked: list[tuple[int, str, NDArray[np.float32], NDArray[np.float32], int]] = []
+        asked: list[tuple[int, str, NDArray[np.float32], NDArray[np.float32], int, tuple[bytes, ...]]] = []
         for question in self.questions.tasks if len(triggers.event) else ():
             own, inputs = question.ask(columns, triggers)
-            said = self._said(question, inputs)
             events = triggers.event[own]
+            keys = question.keys(columns, events)
+            said = self._said(question, inputs, keys)
             strata = question.strata_of(columns, events).tolist()
-            asked += zip(events.tolist(), [question.task] * len(own), inputs, said, strata, strict=True)
+            tasks = [question.task] * len(own)
+            own_keys = list(zip(*(one.to_list() for one in keys), strict=True)) if keys else [()] * len(own)
+            asked += zip(events.tolist(), tasks, inputs, said, strata, own_keys, strict=True)
         asked.sort(key=lambda one: one[0])
         crossings = _Crossings(self.joiner, records, columns, watermark_before)
-        for event, task, inputs, said, stratum in asked:
+        for event, task, inputs, said, stratum, keys_there in asked:
             self._release(crossings, event)
             record = records[event]
             if late[event]:
                 self.metrics.late_predictions.labels(task).inc()
                 continue
             learner = self.learners[task]
-            if learner.observe(inputs):
+            if learner.observe(inputs, keys_there, int(columns.timestamp_ms[event])):
                 self._count_learned(learner)
                 if self.recorder is not None:
                     self.recorder.standardiser(task, learner.standardiser)
@@ -254,6 +261,7 @@ class OnlineTrainer:
                     self._served_version,
                     stratum,
                     said[1:],
+                    keys_there,
                 ),
             )
             if joined is not None:
@@ -261,7 +269,9 @@ class OnlineTrainer:
             crossings.pass_by(event)
         self._release(crossings, columns.n)
 
-    def _said(self, question: TaskQuestion, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _said(
+        self, question: TaskQuestion, inputs: NDArray[np.float32], keys: Sequence[PackedKeys]
+    ) -> NDArray[np.float32]:
         """(k, values) of each example: the predictions, and where the head has several parts what each one alone says;
         NaN for what is not there yet."""
         head, outputs = self._heads.get(question.task), len(question.outputs)
@@ -269,8 +279,8 @@ class OnlineTrainer:
         if head is None:
             return np.full((len(inputs), 1), np.nan, np.float32)
         if len(parts) == 1:
-            return head.predict(inputs)
-        said, alone = head.predict_parts(inputs)
+            return head.predict(inputs, keys)
+        said, alone = head.predict_parts(inputs, keys)
         missing = np.full((len(inputs), outputs), np.nan, np.float32)
         return np.concatenate([said, *(alone.get(part, missing) for part in parts)], axis=1)
 
@@ -315,7 +325,7 @@ class OnlineTrainer:
             self.metrics.early_labels.labels(example.task, "positive" if joined.label else "negative").inc()
         learner.learn(
             example.inputs, joined.label, joined.weight, example.prediction, joined.published_ms,
-            others=example.others, final_ms=joined.final_ms,
+            others=example.others, final_ms=joined.final_ms, keys=example.keys,
         )  # fmt: skip
         if self.recorder is not None:
             self.recorder.example(joined)
@@ -336,6 +346,34 @@ class OnlineTrainer:
         for learner in self.learners.values():
             tensors.update(learner.head())
         return tensors
+
+    def tables(self) -> dict[str, TableRows]:
+        """The tables that heads read, with the rows that changed since the last confirmed version."""
+        found = {}
+        for table in self._tables:
+            rows, self._ticks[table.name] = table.touched()
+            found[table.name] = TableRows(table.width, rows)
+        return found
+
+    def compare(self, published: ParameterSet | None) -> None:
+        """Take rows that differ from the published ones for changed."""
+        for table in self._tables:
+            table.compare(published.tables.get(table.name) if published is not None else None)
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether something was learned that no confirmed version has."""
+        return bool(self.unpublished()) or self.has_touched
+
+    @property
+    def has_touched(self) -> bool:
+        """Whether a row of a table has changed since the last confirmed version."""
+        return any(table.has_touched for table in self._tables)
+
+    def confirm_rows(self) -> None:
+        """The rows that `tables` gave last are in a confirmed version."""
+        for table in self._tables:
+            table.confirm(self._ticks[table.name])
 
     def unpublished(self) -> dict[str, int]:
         """By task, how many labels its posterior has that no confirmed version has."""

@@ -28,7 +28,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Produ
 from stream.errors import BrokerError, Fenced, LivestateError, ParametersError, RecordError
 from stream.kafka import client_config, ensure_topics, log_ends, producer_config, wait_until_reachable
 from stream.metrics import TrainerMetrics
-from stream.model.parameters import ParameterSet
+from stream.model.parameters import ParameterSet, Tensor
 from stream.settings import Settings
 from stream.wire import dead_letter_headers
 from trainer.lag import Lag
@@ -216,6 +216,7 @@ class TrainerService:
         if publisher.current is not None and publisher.current.trunk_id == trainer.parameters.trunk_id:
             trainer.serve(publisher.current)
         self._publisher = publisher
+        trainer.compare(publisher.current)
         self.metrics.taking_over.set(0)
         logger.info(
             "trainer publishes: %s, trunk %s, last version %d, epoch %d",
@@ -248,7 +249,7 @@ class TrainerService:
         checkpoints = _Timer(settings.trainer.checkpoint_interval_s)
         checkpoints.is_due(self._monotonic())
         publishing, gauges = _Timer(settings.trainer.publish_interval_s), _Timer(_GAUGES_S)
-        retries = _Timer(_RETRY_S)
+        dense, retries = _Timer(settings.trainer.dense_interval_s), _Timer(_RETRY_S)
         first = True
         moved_at = self._monotonic()
         self._observe(consumer, trainer)
@@ -263,8 +264,10 @@ class TrainerService:
                     first = not self._publish(trainer) and first
             elif not self.rollbacks.requests.empty():
                 first = not self._roll_back(trainer, self.rollbacks.requests.get()) and first
-            elif (first or trainer.unpublished()) and not self._behind and publishing.is_due(now):
-                first = not self._publish(trainer) and first
+            elif (first or trainer.has_changed) and not self._behind and publishing.is_due(now):
+                with_tensors = dense.is_due(now) or first
+                if with_tensors or trainer.has_touched:
+                    first = not self._publish(trainer, with_tensors) and first
             self._fetch(consumer)
             self._lag.note(self._timeline.oldest_ms)
             trainer.label_share = self._lag.label_share
@@ -279,7 +282,7 @@ class TrainerService:
                 self._checkpoint(trainer)
             if gauges.is_due(now):
                 self._observe(consumer, trainer)
-        if self._publisher is not None and (trainer.unpublished() or self._publisher.is_waiting):
+        if self._publisher is not None and (trainer.has_changed or self._publisher.is_waiting):
             self._publish(trainer)
         self._checkpoint(trainer, _DEAD_LETTERS_S)
         self._observe(consumer, trainer)
@@ -364,7 +367,8 @@ class TrainerService:
                 del self._behind[place]
         return moved
 
-    def _publish(self, trainer: OnlineTrainer) -> bool:
+    def _publish(self, trainer: OnlineTrainer, with_tensors: bool = True) -> bool:
+        """Publish what has changed, or what waits; tensors stay as they are published unless they are wanted."""
         publisher = self._publisher
         assert publisher is not None
         started = self._monotonic()
@@ -372,11 +376,16 @@ class TrainerService:
             if publisher.is_waiting:
                 version = publisher.retry()
             else:
-                self._included = trainer.unpublished()
-                is_kept = self._rolled_back is not None or self._keeping.is_due(self._monotonic())
-                self._states = trainer.states() if is_kept else None
+                tensors: Mapping[str, Tensor] = publisher.current or {}
+                feedback_ms: list[int] = []
+                self._included, self._states = {}, None
+                if with_tensors:
+                    tensors, feedback_ms = trainer.tensors(), trainer.feedback_ms()
+                    self._included = trainer.unpublished()
+                    is_kept = self._rolled_back is not None or self._keeping.is_due(self._monotonic())
+                    self._states = trainer.states() if is_kept else None
                 self._created_ms = int(self._clock() * 1000)
-                version = publisher.publish(trainer.tensors(), trainer.feedback_ms(), self._created_ms)
+                version = publisher.publish(tensors, feedback_ms, self._created_ms, trainer.tables())
         except Fenced:
             raise
         except BrokerError as error:
@@ -386,6 +395,7 @@ class TrainerService:
             return False
         self.health.ready = True
         trainer.confirm(self._included)
+        trainer.confirm_rows()
         trainer.serve(version)
         request, self._rolled_back = self._rolled_back, None
         if self._states is not None:

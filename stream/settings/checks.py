@@ -15,6 +15,8 @@ __all__ = ["check"]
 _TTL_SPREAD_S = 4 * 365 * 86_400
 #: Kinds of memory that keep amounts.
 _STATISTICS = ("count", "sum", "visits")
+#: Longest value with a row of its own: a key of the store, less the byte that says what it is of.
+_TABLED_BYTES = 1023
 
 
 def _refuse(name: str, value: object, accepted: object) -> None:
@@ -51,6 +53,7 @@ def check(settings: Settings) -> None:
             if task.labels != "final":
                 _refuse(f"{name}.final_by", task.final_by, f"nothing with labels = {task.labels!r}")
         _check_head(name, task)
+        _check_tables(settings, name, task)
     known = {
         f"{modality_name}.{field_name}"
         for modality_name, modality in settings.modalities.items()
@@ -63,6 +66,19 @@ def check(settings: Settings) -> None:
     _check_ttls(settings)
     if settings.store.max_rows is not None and settings.store.min_rows > settings.store.max_rows:
         _refuse("store.min_rows", settings.store.min_rows, f"at most store.max_rows = {settings.store.max_rows}")
+
+
+def _check_tables(settings: Settings, name: str, task: Task) -> None:
+    fields = settings.modalities[task.on].fields
+    for field_name in task.tables:
+        field = fields.get(field_name)
+        if field is None or field.type != "category" or field.max_bytes > _TABLED_BYTES:
+            accepted = f"a category field of {task.on} with max_bytes up to {_TABLED_BYTES}"
+            _refuse(f"{name}.tables", field_name, accepted)
+    if len(set(task.tables)) != len(task.tables):
+        _refuse(f"{name}.tables", task.tables, "every field once")
+    if task.tables and {"logistic", "linear"}.isdisjoint(task.parts):
+        _refuse(f"{name}.tables", task.tables, "nothing: of the heads, `logistic` and `linear` read tables")
 
 
 def _check_head(name: str, task: Task) -> None:

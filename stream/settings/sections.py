@@ -311,6 +311,17 @@ class Task(_Section, frozen=True):
     inputs: list[Name] = []
     #: Fields of `on` of type `items` that list candidates, each with the rings and tallies that are matched with them.
     candidates: dict[Name, list[Name]] = {}
+    #: logistic, linear: category fields of `on` whose every value has a learned weight of its own, with a variance of
+    #: its own, updated with each label.
+    tables: list[Name] = []
+    #: A value gets a weight of its own at this occurrence; until then it shares one with all such values.
+    table_admission: Count = 5
+    #: A value that has not occurred for so long, in event time, is forgotten.
+    table_ttl_s: Seconds | None = 365 * 86400.0
+    #: Most values with a weight of their own, for each field; the least recent go first.
+    table_max_rows: Annotated[int, Meta(ge=64)] = 1_000_000
+    #: Prior variance of each of these weights.
+    table_prior_variance: Annotated[float, Meta(gt=0, le=100)] = 0.1
     #: Examples whose feedback has not come are forgotten after this long, in event time.
     feedback_ttl_s: Seconds = 180 * 86400.0
     #: mlp, gbdt: answered examples kept in memory and on disk to learn from again, the newest ones; each takes 4 bytes
@@ -400,6 +411,8 @@ class Trainer(_Section, frozen=True):
     when_behind: Literal["wait", "sample"] = "wait"
     #: The share of labels that is learned from then; each weighs as many as it stands for.
     sample_share: Annotated[float, Meta(gt=0, le=1)] = 0.1
+    #: Time between versions with tensors (heads' weights); those in between have rows of tables only.
+    dense_interval_s: Seconds = 0.5
     #: Address that HTTP listens on.
     http_host: str = "127.0.0.1"
     #: Its port; 0 takes any free one.

@@ -12,7 +12,7 @@ from stream.model.engine import Engine
 from stream.model.layout import Layout
 from stream.settings import load, parse
 from stream.wire import EventDecoder, RecordBlock, Schema, decode_embedding
-from tests.bench import freshness, http, labels, memory, publish, restore, throughput, trainer
+from tests.bench import freshness, http, labels, memory, parameters, publish, restore, throughput, trainer
 from tests.bench.support.stock import Step
 from tests.bench.support.workload import EPOCH_MS, Workload, random_parameters, settings_text
 from tests.support.truth import PlainRows
@@ -102,6 +102,13 @@ def test_the_restore_bench_restores_every_row(capsys: pytest.CaptureFixture[str]
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     for name in ("rows_per_s", "ready_s", "ready_kept_s"):
         assert figures[name] > 0
+
+
+def test_the_bench_of_parameters_ends_with_the_same_table(capsys: pytest.CaptureFixture[str]) -> None:
+    parameters.main(["--rows", "500", "--touched", "50", "--versions", "3", "--broker", "embedded"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["late_start_rows_per_s"] > 0
+    assert figures["served_p99_ms"] >= figures["settle_p99_ms"] > 0
 
 
 def test_the_freshness_bench_finds_all_feedback_served(capsys: pytest.CaptureFixture[str]) -> None:

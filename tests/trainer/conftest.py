@@ -30,7 +30,7 @@ _FORKS.set_forkserver_preload(["trainer.files", "trainer.service", "tests.traine
 class LiveShop:
     """Settings and topics of one test."""
 
-    def __init__(self, broker: Broker, directory: Path, **overrides: str) -> None:
+    def __init__(self, broker: Broker, directory: Path, toml: str = TOML, **overrides: str) -> None:
         self.directory = directory
         prefix = uuid.uuid4().hex[:8]
         names = ("events", "feedback", "embeddings", "changelog", "parameters", "dead_letters")
@@ -45,8 +45,8 @@ class LiveShop:
             **{f"LIVESTATE_{name}": value for name, value in overrides.items()},
         }
         self.file = directory / "settings.toml"
-        self.file.write_text(TOML)
-        self.settings: Settings = parse(TOML, self.environment)
+        self.file.write_text(toml)
+        self.settings: Settings = parse(toml, self.environment)
         ensure_topics(self.settings, create=True)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._forked: list[ForkServerProcess] = []

@@ -56,6 +56,9 @@ targets = ["purchase.department"]
 sequence = 16
 """
 
+#: The same, with a weight for each kind of send.
+TABLED = TOML.replace('inputs = ["kind"]', 'inputs = ["kind"]\ntables = ["kind"]\ntable_admission = 3')
+
 
 def settings(**overrides: str) -> Settings:
     """The shop's settings; overrides as environment variables without their prefix."""

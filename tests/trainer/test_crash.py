@@ -17,7 +17,7 @@ from trainer.pretrain import random_trunk, save_parameters
 from trainer.record import AnsweredExamples, read_record
 
 from .conftest import LiveShop, NewShop
-from .shop import posterior, refuse_nothing
+from .shop import TABLED, posterior, refuse_nothing
 from .test_online import year
 
 CLIENTS = 12_000
@@ -84,7 +84,7 @@ def test_a_killed_trainer_ends_bit_for_bit_as_an_undisturbed_one(
 ) -> None:
     # Given events and feedback on the broker, and a trainer that reads them undisturbed
     options = {"TRAINER__HTTP_PORT": str(free_port), "TRAINER__CHECKPOINT_INTERVAL_S": "0.05"}
-    calm = new_embedded_shop(**options)
+    calm = new_embedded_shop(toml=TABLED, **options)
     events, feedback = year(CLIENTS)
     calm.publish(calm.settings.topics.events, events)
     calm.publish(calm.settings.topics.feedback, feedback)
@@ -93,7 +93,10 @@ def test_a_killed_trainer_ends_bit_for_bit_as_an_undisturbed_one(
     finish(calm, free_port, str(trunk))
     # When another one reads the same and is killed at random moments
     killed = new_embedded_shop(
-        TOPICS__EVENTS=calm.settings.topics.events, TOPICS__FEEDBACK=calm.settings.topics.feedback, **options
+        TOPICS__EVENTS=calm.settings.topics.events,
+        TOPICS__FEEDBACK=calm.settings.topics.feedback,
+        toml=TABLED,
+        **options,
     )
     seed = request.config.getoption("--seed")
     print(f"the moments are those of --seed {seed}")
@@ -110,7 +113,8 @@ def test_a_killed_trainer_ends_bit_for_bit_as_an_undisturbed_one(
         assert one.positions == other.positions
         assert np.array_equal(posterior(learned).mean, posterior(relearned).mean)
         assert np.array_equal(posterior(learned).covariance, posterior(relearned).covariance)
-        assert dict(one.database.scan(b"r")) == dict(other.database.scan(b"r"))
+        for rows in (b"r", b"c/", b"a/"):
+            assert dict(one.database.scan(rows)) == dict(other.database.scan(rows)) != {}
         assert one.joiner.waiting == other.joiner.waiting == 0
         # And workers have the same head
         ours, theirs = calm.versions()[0].current, killed.versions()[0].current
@@ -118,6 +122,10 @@ def test_a_killed_trainer_ends_bit_for_bit_as_an_undisturbed_one(
         assert theirs is not None
         assert np.array_equal(ours["head/redeemed/weight"], theirs["head/redeemed/weight"])
         assert np.array_equal(theirs["head/redeemed/weight"], posterior(relearned).mean)
+        other.compare(theirs)
+        assert not other.has_touched
+        assert dict(ours.tables["redeemed.kind"].items()) == dict(theirs.tables["redeemed.kind"].items())
+        assert ours.tables["redeemed.kind"].rows == 3
     records = [read_record(live.directory / "record")["redeemed"] for live in (calm, killed)]
     assert order(records[0]) == order(records[1])
     assert len(records[0]) >= CLIENTS

@@ -86,6 +86,30 @@ def running(live: LiveShop, record: Path | None = None, trunk: bool = True) -> I
 LEARNED = "livestate_examples_learned_total"
 
 
+def test_rows_go_out_between_versions_with_tensors(new_embedded_shop: NewShop) -> None:
+    # Given a trainer that seldom publishes tensors
+    live = new_embedded_shop(toml=shop.TABLED, TRAINER__DENSE_INTERVAL_S="1000")
+    events, feedback = stream()
+    live.publish(live.settings.topics.events, events)
+    with running(live) as trainer:
+        trainer.wait("livestate_parameter_version", 1)
+        # When labels come
+        live.publish(live.settings.topics.feedback, feedback)
+        trainer.wait(LEARNED, CLIENTS, task="redeemed")
+        wait_for(lambda: not trainer.service.trainer.has_touched, 30, "every row is published")
+        # Then what they taught the tables is out, and the head waits
+        early = read_latest(live.settings)
+    late = read_latest(live.settings)
+    assert early is not None
+    assert late is not None
+    assert "head/redeemed/weight" not in early[0]
+    assert early[1].feedback_ms == ()
+    assert dict(early[0].tables["redeemed.kind"].items()).keys() == {b"*", b"=x", b"=y"}
+    # And the last version has both
+    assert "head/redeemed/weight" in late[0]
+    assert sum(late[1].feedback_ms) > 0
+
+
 def test_feedback_becomes_a_version_that_holds_the_posterior(new_shop: NewShop) -> None:
     # Given events and feedback on the broker
     live = new_shop()

@@ -21,6 +21,7 @@ update is approximated by itself; it is the same likelihood.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ from stream.model.parameters import Tensor
 from stream.settings import Task
 from trainer.checkpoint import pack_array, unpack_array
 from trainer.learner.part import Floats, Labelled, Load
+from trainer.tables import CategoryTable, read_effects, write_effects
 
 __all__ = ["BayesianLinear", "BayesianLogistic", "LinearLearner", "LogisticLearner"]
 
@@ -69,18 +71,30 @@ class BayesianLogistic:
         variance = prior_variance(settings, is_state)
         return cls(len(variance), variance)
 
-    def learn(self, x: NDArray[np.float64], label: bool, weight: float = 1.0, offset: float = 0.0) -> bool:
+    def learn(
+        self,
+        x: NDArray[np.float64],
+        label: bool,
+        weight: float = 1.0,
+        offset: float = 0.0,
+        effects: NDArray[np.float64] | None = None,
+    ) -> bool:
         """Update by one label at inputs x (width,); False, and no change, where it would not be finite.
 
         Parameters
         ----------
         offset: known log-odds that are added to x·b for this label alone.
+        effects: (t, 2) mean and variance of further weights, each with an input of one here, updated in place. They
+            are taken for independent of each other and of b, before this label and after it.
         """
         if not (np.isfinite(x).all() and math.isfinite(weight)):
             return False
+        if effects is None:
+            effects = np.zeros((0, 2))
         gain = self.covariance @ x
-        variance = max(float(x @ gain), 0.0)
-        root = _mode(float(self.mean @ x) + offset, weight * variance, float(label))
+        variance = max(float(x @ gain), 0.0) + float(effects[:, 1].sum())
+        start = float(self.mean @ x) + float(effects[:, 0].sum()) + offset
+        root = _mode(start, weight * variance, float(label))
         if root is None:
             return False
         probability = _sigmoid(root)
@@ -94,6 +108,8 @@ class BayesianLogistic:
             return False
         self.mean = mean
         self.covariance -= np.outer(gain, gain) * shrink
+        effects[:, 0] += effects[:, 1] * step
+        effects[:, 1] -= np.square(effects[:, 1]) * shrink
         return True
 
     def predict(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -135,34 +151,55 @@ class BayesianLinear:
         self.mean = np.zeros(width)
         self.covariance = np.eye(width) * prior_variance
 
-    def learn(self, x: Floats, label: float, weight: float = 1.0) -> bool:
-        """Update by one label at inputs x (width,); False, and no change, where it would not be finite."""
+    def learn(self, x: Floats, label: float, weight: float = 1.0, effects: Floats | None = None) -> bool:
+        """Update by one label at inputs x (width,); False, and no change, where it would not be finite.
+
+        Parameters
+        ----------
+        effects: see `BayesianLogistic.learn`.
+        """
         if not (np.isfinite(x).all() and math.isfinite(weight) and math.isfinite(label)):
             return False
+        if effects is None:
+            effects = np.zeros((0, 2))
         gain = self.covariance @ x
-        shrink = weight / (1.0 + weight * max(float(x @ gain), 0.0))
+        shrink = weight / (1.0 + weight * (max(float(x @ gain), 0.0) + float(effects[:, 1].sum())))
         with np.errstate(over="ignore", invalid="ignore"):
-            mean = self.mean + gain * (shrink * (label - float(self.mean @ x)))
-        if not np.isfinite(mean).all():
+            step = shrink * (label - float(self.mean @ x) - float(effects[:, 0].sum()))
+            mean = self.mean + gain * step
+            moved = effects[:, 0] + effects[:, 1] * step
+        # Rows are kept as float32.
+        if not (np.isfinite(mean).all() and (np.abs(moved) < 1e38).all()):
             return False
         self.mean = mean
         self.covariance -= np.outer(gain, gain) * shrink
+        effects[:, 0] = moved
+        effects[:, 1] -= np.square(effects[:, 1]) * shrink
         return True
 
 
 class LogisticLearner:
     """The part `logistic` of a task's head: one posterior, or one for each class against the others."""
 
-    def __init__(self, task: str, settings: Task, is_state: NDArray[np.bool_]) -> None:
+    def __init__(
+        self, task: str, settings: Task, is_state: NDArray[np.bool_], tables: Sequence[CategoryTable] = ()
+    ) -> None:
         self._task = task
+        self._tables = tables
         self._classes = len(settings.classes)
         self.posteriors = [BayesianLogistic.of_task(settings, is_state) for _ in range(max(1, self._classes))]
         self.behind = 0
 
     def learn(self, one: Labelled, x: Floats) -> int:
+        keys, effects = read_effects(self._tables, one.keys, len(self.posteriors))
         if not self._classes:
-            return int(not self.posteriors[0].learn(x, one.target > 0.5, one.weight, one.log_odds_offset))
-        taken = [p.learn(x, one.target == c, one.weight) for c, p in enumerate(self.posteriors)]
+            first = self.posteriors[0]
+            taken = [first.learn(x, one.target > 0.5, one.weight, one.log_odds_offset, effects[:, 0])]
+        else:
+            taken = [
+                p.learn(x, one.target == c, one.weight, effects=effects[:, c]) for c, p in enumerate(self.posteriors)
+            ]
+        write_effects(self._tables, keys, effects)
         return int(not all(taken))
 
     def tensors(self, center: Floats, scale: Floats) -> dict[str, Tensor]:
@@ -187,14 +224,20 @@ class LogisticLearner:
 class LinearLearner:
     """The part `linear` of a regression's head."""
 
-    def __init__(self, task: str, settings: Task, is_state: NDArray[np.bool_]) -> None:
+    def __init__(
+        self, task: str, settings: Task, is_state: NDArray[np.bool_], tables: Sequence[CategoryTable] = ()
+    ) -> None:
         self._task = task
+        self._tables = tables
         variance = prior_variance(settings, is_state)
         self.posterior = BayesianLinear(len(variance), variance)
         self.behind = 0
 
     def learn(self, one: Labelled, x: Floats) -> int:
-        return int(not self.posterior.learn(x, one.target, one.weight))
+        keys, effects = read_effects(self._tables, one.keys, 1)
+        taken = self.posterior.learn(x, one.target, one.weight, effects[:, 0])
+        write_effects(self._tables, keys, effects)
+        return int(not taken)
 
     def tensors(self, center: Floats, scale: Floats) -> dict[str, Tensor]:
         return linear_tensors(self._task, center, scale, self.posterior.mean)

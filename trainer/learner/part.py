@@ -23,7 +23,8 @@ Load = Callable[[str], bytes]
 class Labelled:
     """An answered example: `inputs` (F,) as they were; `target` 0 or 1, the index of a class, or a value.
 
-    `final_ms`: stream time at which it may be learned; `published_ms`: Kafka's time of the feedback.
+    `final_ms`: stream time at which it may be learned; `published_ms`: Kafka's time of the feedback;
+    `keys`: of the rows of each of the task's tables.
     """
 
     inputs: NDArray[np.float32]
@@ -32,6 +33,7 @@ class Labelled:
     published_ms: int
     final_ms: int
     log_odds_offset: float
+    keys: tuple[bytes, ...] = ()
 
 
 class PartLearner(Protocol):

@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stream.errors import StoreError
-from stream.model.heads import standardise
+from stream.model.heads import standardise, table_names
 from stream.model.parameters import Tensor
 from stream.settings import Task
 from stream.wire import Label
@@ -27,6 +27,7 @@ from trainer.learner.part import Labelled, PartLearner
 from trainer.learner.prequential import Prequential
 from trainer.learner.standardiser import Standardiser
 from trainer.learner.trees import TreesLearner
+from trainer.tables import CategoryTable
 
 __all__ = ["AVERAGE", "TaskLearner"]
 
@@ -60,6 +61,7 @@ class TaskLearner:
         wants_examples = not {"mlp", "gbdt"}.isdisjoint(settings.parts)
         self.examples = Examples(self.width, settings.keep_examples, _SLACK) if wants_examples else None
         # Each task draws for itself, whatever others there are.
+        self.tables = tuple(CategoryTable(name, self._outputs, settings) for name in table_names(task, settings))
         own_seed = (seed + zlib.crc32(task.encode())) % 2**31
         self._new_parts: Callable[[], dict[str, PartLearner]] = lambda: {
             name: self._part(name, settings, is_state, own_seed) for name in settings.parts
@@ -78,9 +80,9 @@ class TaskLearner:
 
     def _part(self, name: str, settings: Task, is_state: NDArray[np.bool_], seed: int) -> PartLearner:
         if name == "logistic":
-            return LogisticLearner(self.task, settings, is_state)
+            return LogisticLearner(self.task, settings, is_state, self.tables)
         if name == "linear":
-            return LinearLearner(self.task, settings, is_state)
+            return LinearLearner(self.task, settings, is_state, self.tables)
         assert self.examples is not None
         if name == "mlp":
             return MlpLearner(self.task, settings, self.width, self.standardiser, self.examples, seed)
@@ -105,9 +107,11 @@ class TaskLearner:
         """Mean log loss, of a regression the mean squared error, of what was served; NaN where nothing was answered."""
         return self.prequential.squared_error() if self.kind == "regression" else self.prequential.log_loss()
 
-    def observe(self, inputs: NDArray[np.float32]) -> bool:
-        """Take the inputs (F,) of a new example; True when they fixed the standardiser. Labels that waited
-        for that are then learned, in the order they came."""
+    def observe(self, inputs: NDArray[np.float32], keys: Sequence[bytes] = (), event_ms: int = 0) -> bool:
+        """Take the inputs (F,) of a new example, and at its event's time the keys of rows that it uses; True when they
+        fixed the standardiser. Labels that waited for that are then learned, in the order they came."""
+        for table, key in zip(self.tables, keys, strict=True):
+            table.observe(key, event_ms)
         if not np.isfinite(inputs).all() or not self.standardiser.observe(inputs):
             return False
         queue, self._queue = self._queue, []
@@ -125,6 +129,7 @@ class TaskLearner:
         log_odds_offset: float = 0.0,
         others: ArrayLike = (),
         final_ms: int = 0,
+        keys: Sequence[bytes] = (),
     ) -> None:
         """Take one answered example, with the prediction that was made for it.
 
@@ -134,11 +139,12 @@ class TaskLearner:
             negatives are a sample.
         others: what else was said; see `Example`.
         final_ms: stream time at which the label may be learned.
+        keys: of the rows that it uses.
         """
         target = self._target(label)
         self._judge(np.append(np.float64(prediction), np.asarray(others, np.float64)), target)
         self._changed = True
-        one = Labelled(inputs, target, weight, published_ms, final_ms, log_odds_offset)
+        one = Labelled(inputs, target, weight, published_ms, final_ms, log_odds_offset, tuple(keys))
         if not (np.isfinite(inputs).all() and math.isfinite(weight) and math.isfinite(log_odds_offset)):
             self.dropped += 1
         elif self.standardiser.center is None:
@@ -186,12 +192,16 @@ class TaskLearner:
         """What was learned, as bytes; for `restore`. The standardiser is fixed for good and not part of it."""
         parts = {name: value for part in self.parts.values() for name, value in part.save().items()}
         kept = self.examples.count if self.examples is not None else 0
-        packed: bytes = msgpack.packb([self._labels, list(self._waiting), kept, parts])
+        tables = [table.state() for table in self.tables]
+        packed: bytes = msgpack.packb([self._labels, list(self._waiting), kept, parts, tables])
         return packed
 
     def restore(self, state: bytes | None) -> None:
         """Go back to what `state` wrote; None: to having learned nothing. What was learned since is forgotten."""
-        labels, waiting, kept, parts = (0, [], 0, None) if state is None else msgpack.unpackb(state)
+        tables: list[bytes | None] = [None] * len(self.tables)
+        labels, waiting, kept, parts = (0, [], 0, None)
+        if state is not None:
+            labels, waiting, kept, parts, tables = msgpack.unpackb(state)
         self.close()
         self.parts = self._new_parts()
         if self.examples is not None:
@@ -199,6 +209,8 @@ class TaskLearner:
         if parts is not None:
             for part in self.parts.values():
                 part.load(parts.__getitem__)
+        for table, then in zip(self.tables, tables, strict=True):
+            table.restore(then)
         self._labels, self._waiting = labels, deque(waiting)
         self.included.clear()
         self._changed = True
@@ -206,6 +218,9 @@ class TaskLearner:
     def save(self, changes: Changes) -> None:
         """Add everything to a checkpoint; the parts only where a label came."""
         changes[self._name("standardiser")] = self.standardiser.save()
+        changes[self._name("tables")] = msgpack.packb(list(self._settings.tables))
+        for table in self.tables:
+            table.save(changes)
         if not self._changed:
             return
         for part in self.parts.values():
@@ -217,7 +232,7 @@ class TaskLearner:
             self.examples.save(changes, self._name("x/"))
         changes[self._name("queue")] = msgpack.packb(
             [
-                [q.inputs.tobytes(), q.target, q.weight, q.published_ms, q.final_ms, q.log_odds_offset]
+                [q.inputs.tobytes(), q.target, q.weight, q.published_ms, q.final_ms, q.log_odds_offset, q.keys]
                 for q in self._queue
             ]
         )
@@ -229,6 +244,8 @@ class TaskLearner:
     def saved(self) -> None:
         """The checkpoint is written."""
         self._changed = False
+        for table in self.tables:
+            table.saved()
         if self.examples is not None:
             self.examples.saved()
 
@@ -261,6 +278,14 @@ class TaskLearner:
                 f"task {self.task!r} has the head {', '.join(self.parts)}, but the checkpoint in "
                 f"{str(database.path)!r} was made with {', '.join(parts)}: {advice}"
             )
+        tables = msgpack.unpackb(load("tables"))
+        if tables != list(self._settings.tables):
+            raise StoreError(
+                f"task {self.task!r} has tables of {', '.join(self._settings.tables) or 'nothing'}, but the checkpoint "
+                f"in {str(database.path)!r} was made with {', '.join(tables) or 'none'}: {advice}"
+            )
+        for table in self.tables:
+            table.load(database)
         self.standardiser.load(standardiser)
         self._waiting = deque(waiting)
         if self.examples is not None:
@@ -270,7 +295,8 @@ class TaskLearner:
         for part in self.parts.values():
             part.load(load)
         self._queue = [
-            Labelled(np.frombuffer(inputs, np.float32), *about) for inputs, *about in msgpack.unpackb(load("queue"))
+            Labelled(np.frombuffer(inputs, np.float32), target, weight, published_ms, final_ms, offset, tuple(keys))
+            for inputs, target, weight, published_ms, final_ms, offset, keys in msgpack.unpackb(load("queue"))
         ]
         self._changed = False
 

@@ -3,6 +3,7 @@
 Until the trainer has published a task's head, the task has no prediction.
 """
 
+from stream.model.heads.categories import table_names
 from stream.model.heads.head import Head, output_names, part_names
 from stream.model.heads.linear import linear_tensors
 from stream.model.heads.mlp import mlp_tensors
@@ -24,5 +25,6 @@ __all__ = [
     "predictions",
     "sigmoid",
     "standardise",
+    "table_names",
     "trees_tensors",
 ]

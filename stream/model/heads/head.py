@@ -7,15 +7,19 @@ no prediction.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
+from stream.model.heads.categories import Categories
 from stream.model.heads.linear import LinearPart, linear_names
 from stream.model.heads.mlp import MlpPart, mlp_names
 from stream.model.heads.scores import Floats, Inputs, Part, predictions
 from stream.model.heads.trees import TreesPart, trees_names
 from stream.model.parameters import ParameterSet
 from stream.settings import Task
+from stream.store import PackedKeys
 
 __all__ = ["Head", "output_names", "part_names"]
 
@@ -51,6 +55,7 @@ class Head:
     ) -> None:
         self._kind = settings.kind
         self.outputs = len(output_names(task, settings))
+        self._categories = Categories(task, settings, parameters, self.outputs) if settings.tables else None
         self.parts: dict[str, Part] = {}
         for name in settings.parts:
             if all(tensor in parameters for tensor in part_names(task, name)):
@@ -67,15 +72,24 @@ class Head:
             return TreesPart(task, parameters, width, self.outputs, served if isinstance(served, TreesPart) else None)
         return LinearPart(task, parameters, width, len(settings.classes))
 
-    def predict(self, inputs: Inputs) -> NDArray[np.float32]:
-        """(k, outputs) predictions for (k, F) inputs."""
-        return predictions(self._kind, _mean([part.scores(inputs) for part in self.parts.values()]))
+    def predict(self, inputs: Inputs, keys: Sequence[PackedKeys] = ()) -> NDArray[np.float32]:
+        """(k, outputs) predictions for (k, F) inputs, and keys (k,) of the rows of each of the task's tables."""
+        return predictions(self._kind, _mean(list(self._scores(inputs, keys).values())))
 
-    def predict_parts(self, inputs: Inputs) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
+    def predict_parts(
+        self, inputs: Inputs, keys: Sequence[PackedKeys] = ()
+    ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
         """The predictions (k, outputs), and what each part alone would say."""
-        scores = {name: part.scores(inputs) for name, part in self.parts.items()}
+        scores = self._scores(inputs, keys)
         alone = {name: predictions(self._kind, one) for name, one in scores.items()}
         return predictions(self._kind, _mean(list(scores.values()))), alone
+
+    def _scores(self, inputs: Inputs, keys: Sequence[PackedKeys]) -> dict[str, Floats]:
+        added = self._categories.added(keys, len(inputs)) if self._categories is not None else None
+        return {
+            name: part.scores(inputs, added) if isinstance(part, LinearPart) else part.scores(inputs)
+            for name, part in self.parts.items()
+        }
 
     def predict_typical(self, features: Inputs) -> NDArray[np.float32]:
         """(k, outputs) for rows with features (k, R), as if an event came now with fields like the average one's."""

@@ -36,8 +36,12 @@ class LinearPart:
         weights = (classes, width + 1) if classes else (width + 1,)
         self._weight = checked(parameters, f"head/{task}/weight", weights)
 
-    def scores(self, inputs: Inputs) -> Floats:
-        return self._of(standardise(inputs, self._center, self._scale) @ self._weight.T)
+    def scores(self, inputs: Inputs, added: Floats | None = None) -> Floats:
+        """See `Part`; `added` (k, outputs) is what categories add before classes are weighed against each other."""
+        sums = standardise(inputs, self._center, self._scale) @ self._weight.T
+        if added is not None:
+            sums = sums + (added if self._classes else added[:, 0])
+        return self._of(sums)
 
     def typical(self, features: Inputs) -> Floats:
         rows = features.shape[1]

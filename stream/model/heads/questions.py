@@ -8,11 +8,13 @@ from numpy.typing import NDArray
 from stream.errors import ParametersError
 from stream.model.candidates import Matches
 from stream.model.engine import Triggers
+from stream.model.heads.categories import CategoryKeys
 from stream.model.heads.head import Head, output_names, part_names
 from stream.model.heads.trees import lightgbm
 from stream.model.layout import Layout
 from stream.model.parameters import ParameterSet
 from stream.model.readout import CategoryCodes, Readout, TaskInputs
+from stream.store import PackedKeys
 from stream.wire import EventColumns
 
 __all__ = ["Questions", "TaskQuestion"]
@@ -37,6 +39,7 @@ class TaskQuestion:
         #: How its predictions are called on the embeddings topic and over HTTP.
         self.outputs = output_names(task, self.settings)
         self._before: Head | None = None
+        self._keys = CategoryKeys(layout, self.settings)
 
     @property
     def width(self) -> int:
@@ -63,6 +66,10 @@ class TaskQuestion:
         features = self._readout.features(triggers.hidden[own], memory, columns.timestamp_ms[event])
         matches = self._matches.values(columns, event, memory)
         return own, np.concatenate([features, self._inputs.values(columns, event), matches], axis=1)
+
+    def keys(self, columns: EventColumns, event: NDArray[np.int64]) -> list[PackedKeys]:
+        """For each of the task's tables, the keys (k,) of the rows that its head reads at these events (k,)."""
+        return self._keys.of(columns, event)
 
     def head(self, parameters: ParameterSet) -> Head | None:
         """The head that these parameters hold; None where they hold none yet.
@@ -124,6 +131,7 @@ class Questions:
             head = heads.get(question.task)
             if head is not None and len(triggers.event):
                 own, inputs = question.ask(columns, triggers)
-                out[own, column:until] = head.predict(inputs)
+                keys = question.keys(columns, triggers.event[own])
+                out[own, column:until] = head.predict(inputs, keys)
             column = until
         return out

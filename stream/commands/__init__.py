@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from stream.commands import doctor, get, publish, topics, worker
+from stream.commands import doctor, export, get, publish, topics, worker
 
 __all__ = ["register"]
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add them."""
-    for module in (worker, topics, get, publish, doctor):
+    for module in (worker, topics, get, publish, export, doctor):
         module.register(commands)

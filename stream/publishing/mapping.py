@@ -30,7 +30,6 @@ _NEEDED: Final = {
     "feedback": ("client_id", "timestamp_ms", "as_of_ms", "label"),
 }
 _MOMENTS: Final = frozenset({"timestamp_ms", "as_of_ms", "window_end_ms"})
-_NUMBERS: Final = frozenset({"label", "weight"})
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND: Final = timedelta(milliseconds=1)
 #: As milliseconds early in 1973, as seconds in the year 5138: no number below it says which of the two it is.
@@ -66,6 +65,8 @@ class RowMapping:
         self._file = file
         self._times = times
         self._schema = Schema.compile(settings)
+        #: Tasks whose labels are text.
+        self._named = {name for name, task in settings.tasks.items() if task.kind == "multiclass"}
         self._members = _EVENT if kind == "events" else _FEEDBACK
         self._chosen = "modality" if kind == "events" else "task"
         known: Collection[str] = self._schema.by_name if kind == "events" else settings.tasks
@@ -96,6 +97,8 @@ class RowMapping:
                 [self._constant] * chunk.n if self._constant is not None else self._values(chunk, self._chosen, errors)
             )
             members[self._chosen] = chosen
+            if self._kind == "feedback" and not self._file.typed:
+                members["label"] = self._labels(chunk, chosen, errors)
             if self._kind == "events":
                 # Last, so that a reader in one pass knows the modality before its fields.
                 members["fields"] = self._fields(chunk, chosen, errors)
@@ -162,13 +165,24 @@ class RowMapping:
             if column in chunk.moments:
                 return list(values)
             return _each(values, lambda value: _moment(column, value, self._times), errors)
-        if number or target in _NUMBERS:
-            if self._file.typed:
-                return list(values)
-            return _each(values, lambda value: _number(column, value, target), errors)
+        if (number or target == "weight") and not self._file.typed:
+            return _each(values, lambda value: _number(column, value), errors)
         if target in ("client_id", "event_id") and not all(isinstance(value, str) for value in values):
             return _each(values, _plain, errors)
         return list(values)
+
+    def _labels(self, chunk: Chunk, chosen: Sequence[Any], errors: dict[int, RecordError]) -> list[Any]:
+        """Labels written as text: numbers or true and false, but for tasks whose labels are names of classes."""
+        values = self._values(chunk, "label", errors)
+        column = self._column("label")
+        for i, (value, task) in enumerate(zip(values, chosen, strict=True)):
+            if value is None or (isinstance(task, str) and task in self._named):
+                continue
+            try:
+                values[i] = _TRUTH[value.lower()] if value.lower() in _TRUTH else _number(column, value)
+            except RecordError as error:
+                errors.setdefault(i, error)
+        return values
 
     def _fields(self, chunk: Chunk, chosen: Sequence[Any], errors: dict[int, RecordError]) -> list[Any]:
         out: list[Any] = [{}] * chunk.n
@@ -225,9 +239,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _number(column: str, text: str, target: str) -> float | int | bool:
-    if target == "label" and text.lower() in _TRUTH:
-        return _TRUTH[text.lower()]
+def _number(column: str, text: str) -> float | int:
     try:
         # Python takes 1_000 for a number, which others write otherwise.
         if "_" not in text:

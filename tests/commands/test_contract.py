@@ -27,7 +27,7 @@ def _example(name: str) -> list[str]:
 
 
 def test_the_commands_that_are_promised_are_there() -> None:
-    promised = "run worker trainer publish get pretrain rebuild topics doctor report"
+    promised = "run worker trainer publish get pretrain rebuild topics doctor report export import"
     assert set(COMMANDS) >= set(promised.split())
 
 

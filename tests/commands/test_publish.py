@@ -19,6 +19,7 @@ import pytest
 
 from stream.partitioner import partition_of
 from stream.publishing import RowFile, RowMapping
+from stream.publishing.sender import Checker
 from stream.settings import load
 from tests.commands.conftest import Run
 from tests.support.processes import ROOT, wait_for
@@ -154,6 +155,32 @@ def test_feedback_is_read_from_standard_input(
         {"client_id": "7", "timestamp_ms": T0 + 60_000, "as_of_ms": T0 + 500, "task": "accepted", "label": i % 2}
         for i in range(4)
     ]
+
+
+def test_labels_written_as_text_are_what_their_task_takes(tmp_path: Path) -> None:
+    # Given a task of each kind, and their labels in one file
+    tasks = """
+[tasks.kind_of]
+on = "offer"
+kind = "multiclass"
+classes = ["1", "true"]
+[tasks.amount_of]
+on = "offer"
+kind = "regression"
+"""
+    settings = load(write_settings(tmp_path / "settings.toml", tasks))
+    given = [("accepted", "TRUE"), ("accepted", "0"), ("kind_of", "1"), ("kind_of", "true"), ("amount_of", "-2.5")]
+    lines = [f"a,{T0 + 1},{T0},{task},{label}" for task, label in [*given, ("accepted", "perhaps")]]
+    (tmp_path / "labels.csv").write_text("\n".join(["client_id,timestamp_ms,as_of_ms,task,label", *lines]))
+    # When they are read
+    source = RowFile(str(tmp_path / "labels.csv"))
+    (chunk,) = source.chunks(10)
+    *records, bad = RowMapping(settings, "feedback", source, {}, None, "auto").records(chunk)
+    source.close()
+    # Then each is what its task takes, and what is none is named
+    assert [record["label"] for record in records] == [True, 0, "1", "true", -2.5]
+    assert "column label = 'perhaps'" in str(bad)
+    assert not Checker(settings, "feedback").check(records, T0).errors
 
 
 @pytest.mark.parametrize(

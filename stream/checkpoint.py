@@ -23,6 +23,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import msgpack
@@ -31,17 +32,19 @@ from stream.changelog import ChangelogWriter, PartitionMeta
 from stream.partition import Partition
 from stream.store import Checkpoint
 
-__all__ = ["META_NAME", "Completed", "LocalMeta", "run_checkpoint"]
+__all__ = ["META_NAME", "Completed", "LocalMeta", "Pace", "run_checkpoint"]
 
 #: Where the local database keeps what belongs to the partition.
 META_NAME = "partition"
-_SLICE_ROWS = 512
-#: Long enough to apply what has come during a slice.
-_LONGEST_PAUSE_S = 0.002
-#: Work for each second of pause: where blocks are large a pause is as long as one takes, and slices come together.
-_SHARE = 0.25
+_SLICE_ROWS = 256
+#: Where the work is behind its time, it lets others go after so long.
+_STRETCH_S = 0.004
+#: A thread that lets go of a lock for less has it back before anybody who waits for it.
+_SHORTEST_PAUSE_S = 0.0005
 #: A transaction must not stay open for as long as the broker lets it.
 _LONGEST_SPREAD_S = 10.0
+#: Few rows do not wait for their time to be over, nor does anybody for a pause in the middle of it.
+_LONGEST_SLICE_S = 0.05
 _T = TypeVar("_T")
 
 
@@ -86,6 +89,7 @@ async def run_checkpoint(
     executor: Executor,
     timeout_s: float,
     spread_s: float = 0.0,
+    is_urgent: Callable[[], bool] = lambda: False,
 ) -> Completed:
     """Run the steps above.
 
@@ -98,6 +102,7 @@ async def run_checkpoint(
     commit_position: commits the next input offset to the group.
     timeout_s: how long the broker may take to confirm all of it.
     spread_s: over how long its work on many rows may be spread, so that events are applied meanwhile.
+    is_urgent: whether somebody waits for its end by now, so that it is spread no longer.
 
     Raises
     ------
@@ -109,7 +114,7 @@ async def run_checkpoint(
     meta = PartitionMeta(position, partition.store.watermark_ms, trunk, layout)
     slices = 1 + partition.store.stats.unsaved_rows // _SLICE_ROWS
     # They are walked twice: for the changelog, and for the local database.
-    pause_s = min(_LONGEST_PAUSE_S, 0.5 * min(spread_s, _LONGEST_SPREAD_S) / slices)
+    pace = partial(Pace, min(0.5 * min(spread_s, _LONGEST_SPREAD_S) / slices, _LONGEST_SLICE_S), is_urgent)
     pending = partition.store.checkpoint()
     rows = 0
     try:
@@ -118,21 +123,21 @@ async def run_checkpoint(
             chunk = ended[start : start + _SLICE_ROWS]
             writer.write(chunk, [None] * len(chunk))
             await asyncio.sleep(0)
-        pace = _Pace()
+        writing = pace()
         for keys, encoded in pending.slices(_SLICE_ROWS):
             writer.write(keys, encoded)
             gone = [key for key, row in zip(keys, encoded, strict=True) if row is None]
             if gone:
                 publish_ended(gone)
             rows += len(keys)
-            if pace.is_due():
+            if (pause_s := writing.next()) is not None:
                 await asyncio.sleep(pause_s)
-                pace.go_on()
+                writing.go_on()
         deadline = time.perf_counter() + timeout_s
         await _to_its_end(executor, flush_outputs, timeout_s)
         left_s = max(0.0, deadline - time.perf_counter())
         offset = await _to_its_end(executor, writer.commit, meta, left_s)
-        await _to_its_end(executor, _settle, pending, {META_NAME: LocalMeta(meta, offset).encode()}, pause_s)
+        await _to_its_end(executor, _settle, pending, {META_NAME: LocalMeta(meta, offset).encode()}, pace)
     except BaseException:
         pending.abandon()
         writer.abort()
@@ -141,31 +146,44 @@ async def run_checkpoint(
     return Completed(position, rows, time.perf_counter() - started)
 
 
-def _settle(pending: Checkpoint, meta: dict[str, bytes], pause_s: float) -> None:
+def _settle(pending: Checkpoint, meta: dict[str, bytes], pace: Callable[[], Pace]) -> None:
     """Write rows and meta to the local database, letting others have the store between slices."""
-    pace = _Pace()
+    settling = pace()
     for _ in pending.commit_steps(meta):
-        if pace.is_due():
-            time.sleep(pause_s)
-            pace.go_on()
+        if (pause_s := settling.next()) is not None:
+            time.sleep(max(pause_s, _SHORTEST_PAUSE_S))
+            settling.go_on()
 
 
-class _Pace:
-    """When work that lets others go first has to pause: after a share of what its last pause took."""
+class Pace:
+    """Spreads slices of work evenly over a time.
 
-    def __init__(self) -> None:
-        self._allowed_s = 0.0
-        self._began = self._paused = time.perf_counter()
+    Where pauses take longer than they should, as they do beside large blocks, slices come together until the work is
+    on time again, so that a checkpoint does not stretch.
 
-    def is_due(self) -> bool:
-        """Whether to pause now."""
-        self._paused = time.perf_counter()
-        return self._paused - self._began >= self._allowed_s
+    Parameters
+    ----------
+    slice_s: time for each slice, pause included; 0: as fast as it goes, others going now and then.
+    is_urgent: whether it is to go as fast as it can from now on.
+    """
+
+    def __init__(
+        self, slice_s: float, is_urgent: Callable[[], bool], clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._slice_s, self._is_urgent, self._clock = slice_s, is_urgent, clock
+        self._due = self._resumed = clock()
+
+    def next(self) -> float | None:
+        """To be called after each slice: seconds to pause now, 0 to let others go for a moment; None to go on."""
+        self._due += self._slice_s
+        now = self._clock()
+        if self._due > now and not self._is_urgent():
+            return self._due - now
+        return 0.0 if now - self._resumed >= _STRETCH_S else None
 
     def go_on(self) -> None:
         """The pause is over."""
-        self._began = time.perf_counter()
-        self._allowed_s = _SHARE * (self._began - self._paused)
+        self._resumed = self._clock()
 
 
 async def _to_its_end(executor: Executor, step: Callable[..., _T], *arguments: object) -> _T:

@@ -66,6 +66,8 @@ class OwnedPartition:
         self._executor = executor
         self._checkpointing = asyncio.Lock()
         self._is_given_up = False
+        #: Somebody waits for the checkpoint in hand.
+        self._is_urgent = False
         #: Set once rows and changelog are let go of: not before a checkpoint that is being written has ended.
         self.closed = asyncio.Event()
 
@@ -79,6 +81,8 @@ class OwnedPartition:
     ) -> Completed:
         """Write what changed; see `stream.checkpoint`. The wait for one that is being written counts, too.
 
+        spread_s: 0 also makes haste with one that is being written.
+
         Raises
         ------
         Fenced: another worker owns the partition now.
@@ -86,7 +90,9 @@ class OwnedPartition:
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
+        self._is_urgent |= spread_s == 0
         async with self._holding():
+            self._is_urgent = spread_s == 0
             ended = await self._renew() if self.is_renewed else []
             done = await run_checkpoint(
                 self.partition,
@@ -100,6 +106,7 @@ class OwnedPartition:
                 executor=self._executor,
                 timeout_s=max(0.0, deadline - loop.time()),
                 spread_s=spread_s,
+                is_urgent=lambda: self._is_urgent,
             )
             if self.is_renewed:
                 self.is_renewed = False
@@ -122,7 +129,7 @@ class OwnedPartition:
 
     def close(self) -> None:
         """Let go of rows and changelog, without a checkpoint, as soon as none is being written; see `closed`."""
-        self._is_given_up = True
+        self._is_given_up = self._is_urgent = True
         if not self._checkpointing.locked():
             self._let_go()
 

@@ -49,8 +49,10 @@ __all__ = [
 EVENTS_ISOLATION = "read_committed"
 #: Of a block, where Faust is given no number: what `worker.batch_records` may be at most.
 _MOST_RECORDS = 65_536
-#: Small fetches are given out at most so often, unless they come to so many bytes together.
-_GATHER_S, _WORTH_BYTES = 0.01, 128 * 1024
+#: While records come steadily, the broker answers a fetch at most so often, unless so many bytes came together.
+_GATHER_MS, _WORTH_BYTES = 20, 128 * 1024
+#: Otherwise it answers as soon as there is a record; aiokafka's own default.
+_WAIT_MS = 500
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,6 @@ class _FetchedRecords:
         check_crcs: bool,
         isolation_level: int,
     ) -> None:
-        self.size = len(records.data)
         self.reader = RecordReader(
             records.data,
             fetch_offset,
@@ -118,11 +119,6 @@ class _FetchedRecords:
     @property
     def next_fetch_offset(self) -> int:
         return self.reader.position
-
-
-def _fetched_bytes(result: Any) -> int:
-    records = getattr(result, "_partition_records", None)
-    return 0 if records is None else int(records.size)
 
 
 class BlockFetcher(Fetcher):
@@ -143,6 +139,7 @@ class BlockFetcher(Fetcher):
 
     _ends: dict[TP, int]
     _moving: threading.Lock
+    #: When records were given out last.
     _given_at: float
 
     @classmethod
@@ -155,6 +152,16 @@ class BlockFetcher(Fetcher):
         fetcher._moving = threading.Lock()
         fetcher._given_at = -math.inf
         return fetcher
+
+    def _get_actions_per_node(self, assignment: Any) -> Any:
+        """What to fetch from which broker; see aiokafka.
+
+        At a steady rate each fetch, block and answer has its fixed cost, for the broker as for the worker; so there is
+        a bound to how many there are, and the partitions of a broker come together. After a pause nothing waits.
+        """
+        is_steady = self._loop.time() - self._given_at < _GATHER_MS / 1000.0
+        self._fetch_max_wait_ms, self._fetch_min_bytes = (_GATHER_MS, _WORTH_BYTES) if is_steady else (_WAIT_MS, 1)
+        return super()._get_actions_per_node(assignment)
 
     def seek_to(self, tp: Any, offset: int) -> None:
         """Read on from `offset`."""
@@ -181,7 +188,6 @@ class BlockFetcher(Fetcher):
         while True:
             if self._subscriptions.reassignment_in_progress:
                 await self._subscriptions.wait_for_assignment()
-            await self._gather()
             found = self._take_blocks(partitions, max_records)
             if found:
                 self._given_at = self._loop.time()
@@ -195,16 +201,6 @@ class BlockFetcher(Fetcher):
                 waiter.result()
             else:
                 waiter.cancel()
-
-    async def _gather(self) -> None:
-        """Let small fetches come together, where the last ones were given out a moment ago.
-
-        At a steady rate each block, fetch and answer has its fixed cost; so there is a bound to how many there are.
-        After a pause nothing waits, and neither does what is worth a block by itself.
-        """
-        wait = self._given_at + _GATHER_S - self._loop.time()
-        if wait > 0 and self._records and sum(map(_fetched_bytes, self._records.values())) < _WORTH_BYTES:
-            await asyncio.sleep(wait)
 
     def _take_blocks(self, partitions: set[TP] | None, max_records: int) -> dict[TP, FetchedBlock]:
         found: dict[TP, FetchedBlock] = {}

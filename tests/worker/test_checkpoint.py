@@ -11,6 +11,7 @@ import pytest
 
 from stream.broker import Broker
 from stream.changelog import ChangelogWriter
+from stream.checkpoint import Pace
 from stream.errors import BrokerError
 from stream.model.engine import Engine
 from stream.model.heads import Questions
@@ -104,3 +105,75 @@ def test_a_partition_that_is_given_up_during_a_checkpoint_is_closed_when_that_ha
     # And no other checkpoint begins
     with pytest.raises(BrokerError, match="given up"):
         asyncio.run(owned.checkpoint(commit, 30.0))
+
+
+class Clock:
+    """Seconds that pass when they are told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def never() -> bool:
+    return False
+
+
+def work(pace: Pace, clock: Clock, slices: int, slice_s: float, pause_s: float) -> tuple[float, int]:
+    """(seconds, pauses) of slices that take `slice_s`, where a pause takes at least `pause_s`."""
+    began, pauses = clock.now, 0
+    for _ in range(slices):
+        clock.now += slice_s
+        pause = pace.next()
+        if pause is not None:
+            pauses += 1
+            clock.now += max(pause, pause_s)
+            pace.go_on()
+    return clock.now - began, pauses
+
+
+def test_work_that_has_time_is_spread_over_it_slice_by_slice() -> None:
+    clock = Clock()
+    took, pauses = work(Pace(0.020, never, clock), clock, 50, slice_s=0.001, pause_s=0.0)
+    assert took == pytest.approx(50 * 0.020)
+    assert pauses == 50
+
+
+def test_work_beside_large_blocks_does_not_stretch() -> None:
+    # Given pauses that take three times as long as a slice has
+    clock = Clock()
+    took, pauses = work(Pace(0.010, never, clock), clock, 100, slice_s=0.001, pause_s=0.030)
+    # Then slices come together in between, and the work is done in its time
+    assert took < 100 * 0.010 + 0.030
+    assert pauses < 40
+
+
+def test_work_without_time_lets_others_go_now_and_then() -> None:
+    clock = Clock()
+    took, pauses = work(Pace(0.0, never, clock), clock, 100, slice_s=0.001, pause_s=0.010)
+    assert 20 <= pauses <= 25
+    assert took == pytest.approx(0.1 + pauses * 0.010)
+
+
+def test_a_checkpoint_that_somebody_waits_for_is_spread_no_longer(
+    owned: OwnedPartition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a checkpoint of many slices, spread over ten seconds
+    monkeypatch.setattr("stream.checkpoint._SLICE_ROWS", 1)
+    monkeypatch.setattr("stream.checkpoint._LONGEST_SLICE_S", 10.0)
+    assert owned.partition.store.stats.unsaved_rows >= 20
+
+    async def run() -> float:
+        loop = asyncio.get_running_loop()
+        spread = asyncio.create_task(owned.checkpoint(commit, 30.0, 10.0))
+        await asyncio.sleep(0)
+        began = loop.time()
+        # When the partition is to be let go of
+        await owned.checkpoint(commit, 30.0)
+        assert spread.done()
+        return loop.time() - began
+
+    # Then both have ended long before
+    assert asyncio.run(run()) < 5.0

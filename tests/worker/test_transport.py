@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -132,6 +133,39 @@ def test_a_seek_is_where_the_next_block_begins(broker: Broker) -> None:
                 assert (block.start, int(block.records.offsets[0])) == (position, position)
 
     run(main)
+
+
+def test_records_that_come_steadily_come_together(apache_broker: Broker) -> None:
+    # Given a topic of two partitions
+    topic = Topic(apache_broker, 2)
+
+    async def main() -> None:
+        async with topic.fetching() as (_, fetcher):
+            # When records are published one by one, much faster than blocks are to come
+            stop = threading.Event()
+            publishing = asyncio.create_task(asyncio.to_thread(publish_steadily, topic, stop))
+            await fetcher.fetched_blocks(None, 30.0, MOST)
+            began, rounds, records = time.monotonic(), 0, 0
+            while time.monotonic() - began < 1.0:
+                found = await fetcher.fetched_blocks(None, 30.0, 65_536)
+                rounds, records = rounds + 1, records + sum(len(block.records) for block in found.values())
+            took = time.monotonic() - began
+            stop.set()
+            await publishing
+            # Then they are given out at most some fifty times a second
+            assert records > rounds
+            assert rounds <= took / 0.018 + 2
+
+    run(main)
+
+
+def publish_steadily(topic: Topic, stop: threading.Event) -> None:
+    producer = Producer({"bootstrap.servers": topic.servers, "linger.ms": 0})
+    while not stop.is_set():
+        for tp in topic.partitions:
+            producer.produce(topic.name, b"value", b"key", tp.partition)
+        producer.poll(0.001)
+    assert producer.flush(30) == 0
 
 
 def test_records_that_are_gone_are_a_hole_after_the_start(apache_broker: Broker) -> None:

@@ -109,7 +109,9 @@ def _measure(site: Site, options: argparse.Namespace) -> dict[str, Any]:
     with site.worker("0", worker_port) as worker, site.trainer(trainer_port) as trainer:
         for port in (worker_port, trainer_port):
             wait_for(lambda port=port: http_get(port, "/readyz")[0] == 200, 120, "worker and trainer are ready")
-        publisher = Publisher(site.settings, site.settings.topics.events, workload, options.rate, answers.after)
+        longest_s = options.warm_up + options.seconds + _PATIENCE_S
+        topic = site.settings.topics.events
+        publisher = Publisher(site.settings, topic, workload, options.rate, longest_s, answers.after)
         versions = _Versions(site)
         versions.reader.start()
         pids = {"worker": worker.process.pid, "trainer": trainer.process.pid}
@@ -117,9 +119,7 @@ def _measure(site: Site, options: argparse.Namespace) -> dict[str, Any]:
             pids["broker"] = site.broker.pid
         with Watcher(site.settings, site.settings.topics.embeddings, lambda message: message.offset() or 0) as watcher:
             stopping = threading.Event()
-            publishing = threading.Thread(
-                target=publisher.run, args=(options.warm_up + options.seconds + _PATIENCE_S, stopping), name="publisher"
-            )
+            publishing = threading.Thread(target=publisher.run, args=(stopping,), name="publisher")
             publishing.start()
             try:
                 wait_for(lambda: any(publisher.times), 60, "the first event is published")

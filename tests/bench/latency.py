@@ -2,9 +2,11 @@
 
     python -m tests.bench.latency [--seconds N] [--rate 10000] [--broker apache|embedded]
 
-Three stretches on one broker with the same client settings: a bare echo (events are produced and consumed, nothing
-between), a worker between, and a worker while a version of the parameters is published every half second. Delays
-while a checkpoint ran are also told apart. The last line is JSON.
+Stretches on one broker with the same client settings: a bare echo (events are produced and consumed, nothing
+between), a worker between, a worker while a version of the parameters is published every half second, a worker that
+sweeps (a fifth of the clients stays away for longer than its rows live, and all come back), and the echo again: its
+delays are those of both times, since a broker grows faster while its code is compiled, which a first echo that does
+not count has begun. Delays while a checkpoint ran are also told apart. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -27,14 +29,15 @@ from numpy.typing import NDArray
 from stream.kafka import client_config
 from stream.wire import decode_embedding
 from tests.bench.support.site import Site, busy_seconds, cpu_seconds, machine, open_site, scrape
-from tests.bench.support.stream import Publisher, Watcher
+from tests.bench.support.stream import Publisher, Watcher, undisturbed
 from tests.bench.support.workload import Workload
 from tests.support.processes import Livestate, free_port, http_get, wait_for
 from tests.support.trunk import publish_version
 
 __all__ = ["main"]
 
-_WARM_UP_S = 3.0
+#: Events of one client that come while a row lives, on average: e^-1.6, a fifth of the clients, have none.
+_EVENTS_A_LIFE = 1.6
 
 
 def _percentiles(delays: NDArray[np.float64], prefix: str = "") -> dict[str, float]:
@@ -44,18 +47,18 @@ def _percentiles(delays: NDArray[np.float64], prefix: str = "") -> dict[str, flo
     return {f"{prefix}p50_ms": float(p50), f"{prefix}p99_ms": float(p99), f"{prefix}p999_ms": float(p999)}
 
 
-def _echo(site: Site, workload: Workload, rate: float, seconds: float) -> dict[str, float]:
-    """The same events produced to a topic and consumed from it."""
-    topic = f"{site.topics['events']}-echo"
+def _echo(site: Site, workload: Workload, rate: float, seconds: float, name: str) -> NDArray[np.float64]:
+    """Seconds that the same events take that are produced to a topic and consumed from it."""
+    topic = f"{site.topics['events']}-{name}"
     admin = AdminClient(client_config(site.settings))
     admin.create_topics([NewTopic(topic, site.settings.topics.partitions, 1)])[topic].result(30)
     wait_for(lambda: topic in admin.list_topics(timeout=10).topics, 30, "the echo topic")
-    publisher = Publisher(site.settings, topic, workload, rate)
-    with Watcher(site.settings, topic, lambda message: message.offset() or 0) as watcher:
-        publisher.run(seconds + 1.0, threading.Event())
+    publisher = Publisher(site.settings, topic, workload, rate, seconds + 1.0)
+    with undisturbed(), Watcher(site.settings, topic, lambda message: message.offset() or 0) as watcher:
+        publisher.run(threading.Event())
         time.sleep(0.5)
     when, delays = watcher.delays(publisher.times)
-    return _percentiles(delays[when > when[0] + 1.0], "echo_")
+    return delays[when > when[0] + 1.0]
 
 
 class _Checkpoints:
@@ -130,28 +133,26 @@ def _live(site: Site, workload: Workload, options: argparse.Namespace) -> dict[s
     swaps_s = max(2.0, options.seconds / 3.0)
     with site.worker("0", port) as worker:
         wait_for(lambda: http_get(port, "/readyz")[0] == 200, 120, "the worker is ready")
-        publisher = Publisher(site.settings, site.settings.topics.events, workload, options.rate)
+        quiet_s = options.warm_up + options.seconds
+        publisher = Publisher(site.settings, site.settings.topics.events, workload, options.rate, quiet_s + swaps_s)
         stopping = threading.Event()
         versions: list[int] = []
-        quiet_s = _WARM_UP_S + options.seconds
         with (
+            undisturbed(),
             Watcher(site.settings, site.settings.topics.embeddings, _offset) as watcher,
             _Checkpoints(port) as checkpoints,
             _swapping(site, stopping, quiet_s, versions),
         ):
             began, used = time.perf_counter(), _used(site, worker)
-            publisher.run(quiet_s + swaps_s, stopping)
+            publisher.run(stopping)
             wall = time.perf_counter() - began
             cores = {name: (now - used[name]) / wall for name, now in _used(site, worker).items()}
             time.sleep(1.0)
-        if worker.process.poll() is not None:
-            raise RuntimeError("the worker ended")
-        wait_for(lambda: "livestate_parameter_version" in scrape(port), 60, "the worker answers")
-        metrics = scrape(port)
+        metrics = _metrics(worker, port)
     when, delays = watcher.delays(publisher.times)
     started = when[0]
     swapping = when > started + quiet_s
-    steady = (when > started + _WARM_UP_S) & ~swapping
+    steady = (when > started + options.warm_up) & ~swapping
     during = np.zeros(len(when), np.bool_)
     for begin, end in checkpoints.intervals:
         during |= (when + delays >= begin) & (when <= end)
@@ -171,10 +172,46 @@ def _live(site: Site, workload: Workload, options: argparse.Namespace) -> dict[s
     }
 
 
+def _sweeping(site: Site, options: argparse.Namespace, life_s: float) -> dict[str, Any]:
+    """A worker whose rows live for `life_s` of the publisher's time."""
+    site.publish_parameters()
+    workload = Workload(max(100, int(options.rate * life_s / _EVENTS_A_LIFE)))
+    port = free_port()
+    with site.worker("0", port) as worker:
+        wait_for(lambda: http_get(port, "/readyz")[0] == 200, 120, "the worker is ready")
+        seconds = options.warm_up + life_s + max(2.0, options.seconds / 3.0)
+        topics = site.settings.topics
+        publisher = Publisher(site.settings, topics.events, workload, options.rate, seconds)
+        with undisturbed(), Watcher(site.settings, topics.embeddings, _offset, deletions=False) as watcher:
+            publisher.run(threading.Event())
+            time.sleep(1.0)
+        metrics = _metrics(worker, port)
+    when, delays = watcher.delays(publisher.times)
+    return {
+        **_percentiles(delays[when > when[0] + options.warm_up + life_s], "sweeps_"),
+        "rows_swept": int(metrics["livestate_rows_ended_total"]),
+    }
+
+
+def _metrics(worker: Livestate, port: int) -> dict[str, float]:
+    if worker.process.poll() is not None:
+        raise RuntimeError("the worker ended")
+    wait_for(lambda: "livestate_parameter_version" in scrape(port), 60, "the worker answers")
+    return scrape(port)
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the bench; prints and returns the result."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.latency")
-    parser.add_argument("--seconds", type=float, default=25.0, help="of the stretch with a worker")
+    parser.add_argument(
+        "--seconds", type=float, default=25.0, help="of the stretch with a worker; the others take a third"
+    )
+    parser.add_argument(
+        "--warm-up",
+        type=float,
+        default=10.0,
+        help="seconds before those: a broker that meets a worker for the first time compiles, on the worker's cores",
+    )
     parser.add_argument("--rate", type=float, default=10_000.0, help="events a second")
     parser.add_argument("--broker", choices=["auto", "apache", "embedded"], default="auto")
     parser.add_argument("--hidden", type=int, default=64)
@@ -184,19 +221,29 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     interval = options.checkpoint_interval or min(10.0, options.seconds / 3.0)
     workload = Workload(options.clients)
     overrides = {"LIVESTATE_WORKER__CHECKPOINT_INTERVAL_S": str(interval)}
+    third_s = max(1.0, options.seconds / 3.0)
+    life_s = max(1.0, min(8.0, third_s))
     with open_site(options.broker, options.hidden, 0, overrides) as site:
         print(f"a bare echo on {site.broker.name} …", file=sys.stderr, flush=True)
-        echo = _echo(site, workload, options.rate, max(1.0, options.seconds / 3.0))
+        _echo(site, workload, options.rate, third_s, "echo-0")
+        echoes = [_echo(site, workload, options.rate, third_s, "echo-1")]
         print("a worker …", file=sys.stderr, flush=True)
         live = _live(site, workload, options)
+        print("a worker that sweeps …", file=sys.stderr, flush=True)
+        # The workload's events are a millisecond of event time apart, whatever the rate.
+        swept = _sweeping(site.apart({"LIVESTATE_STORE__TTL_S": str(life_s * options.rate / 1000.0)}), options, life_s)
+        print("the echo again …", file=sys.stderr, flush=True)
+        echoes.append(_echo(site, workload, options.rate, third_s, "echo-2"))
         broker = site.broker.name
+    echo = _percentiles(np.concatenate(echoes), "echo_")
     result = {
         **live,
+        **swept,
         **echo,
         "ratio_p99": live["p99_ms"] / echo["echo_p99_ms"],
         "settings": {
             "broker": broker, "rate": options.rate, "seconds": options.seconds, "hidden": options.hidden,
-            "clients": options.clients, "checkpoint_interval_s": interval, "machine": machine(),
+            "clients": options.clients, "checkpoint_interval_s": interval, "life_s": life_s, "machine": machine(),
         },
     }  # fmt: skip
     print(json.dumps({n: float(f"{v:.4g}") if isinstance(v, float) else v for n, v in result.items()}), flush=True)

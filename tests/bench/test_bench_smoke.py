@@ -12,7 +12,7 @@ from stream.model.engine import Engine
 from stream.model.layout import Layout
 from stream.settings import load, parse
 from stream.wire import EventDecoder, RecordBlock, Schema, decode_embedding
-from tests.bench import freshness, http, labels, memory, parameters, publish, restore, throughput, trainer
+from tests.bench import freshness, http, labels, latency, memory, parameters, publish, restore, throughput, trainer
 from tests.bench.support.stock import Step
 from tests.bench.support.workload import EPOCH_MS, Workload, random_parameters, settings_text
 from tests.support.truth import PlainRows
@@ -148,3 +148,15 @@ def test_the_bench_of_labels_compares_the_ways_on_the_same_predictions(tmp_path:
     assert result["closed"]["early"] == 0
     assert result["as_they_come"]["learned"] > result["closed"]["learned"]
     assert len(result["final"]["auc_gain"]) == 3
+
+
+@pytest.mark.timeout(240)
+def test_the_latency_bench_tells_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    latency.main(["--seconds", "1", "--warm-up", "1", "--rate", "2000", "--broker", "embedded", "--hidden", "8"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for stretch in ("", "swaps_", "sweeps_", "echo_"):
+        assert figures[f"{stretch}p999_ms"] >= figures[f"{stretch}p99_ms"] >= figures[f"{stretch}p50_ms"] > 0
+    assert figures["ratio_p99"] > 0
+    # And what it is to show happened
+    assert figures["version_served"] > 1
+    assert figures["rows_swept"] > 0

@@ -90,6 +90,13 @@ class Site:
         topics = {role: f"{prefix}-{role}" for role in _TOPICS} | {"events": self.topics["events"]}
         return Site(self.broker, self.directory / prefix, self.text, self.hidden, self.overrides, topics)
 
+    def apart(self, overrides: dict[str, str]) -> Site:
+        """Topics, states and parameters of its own, and settings that differ."""
+        prefix = uuid.uuid4().hex[:8]
+        topics = {role: f"{prefix}-{role}" for role in _TOPICS}
+        both = self.overrides | overrides
+        return Site(self.broker, self.directory / prefix, self.text, self.hidden, both, topics)
+
     def publish_parameters(self) -> None:
         """Version 1, before the first worker starts."""
         publish_version(self.settings, self.parameters, 1)

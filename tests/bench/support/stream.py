@@ -6,9 +6,11 @@ was. Times are of the process's own monotonic clock, taken at `produce` and when
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -20,13 +22,15 @@ from stream.kafka import client_config, log_range, producer_config
 from stream.settings import Settings
 from tests.bench.support.workload import Workload
 
-__all__ = ["Publisher", "Watcher"]
+__all__ = ["Publisher", "Watcher", "undisturbed"]
 
 _TICK_S = 0.002
 
 
 class Publisher:
-    """Publishes the workload's events to a topic at a steady rate.
+    """Publishes the workload's events to a topic at a steady rate, for so many seconds.
+
+    They are made here, since that takes tenths of a second which would be missing among the publications.
 
     after: called after each event with its number, key and partition, and the producer.
     """
@@ -37,22 +41,22 @@ class Publisher:
         topic: str,
         workload: Workload,
         rate: float,
+        seconds: float,
         after: Callable[[int, bytes, int, Producer], None] | None = None,
     ) -> None:
         self._settings = settings
         self._topic = topic
-        self._workload = workload
+        self._chunks = [*workload.chunks(int(seconds * rate), settings.topics.partitions)]
         self._rate = rate
         self._after = after
         self.times: list[list[float]] = [[] for _ in range(settings.topics.partitions)]
         self.late_s = 0.0
 
-    def run(self, seconds: float, stopping: threading.Event) -> None:
-        """Publish for that long; `late_s` is the furthest it fell behind its schedule."""
+    def run(self, stopping: threading.Event) -> None:
+        """Publish them all; `late_s` is the furthest it fell behind its schedule."""
         producer = Producer(producer_config(self._settings))
-        events = int(seconds * self._rate)
         sent, started = 0, time.perf_counter()
-        for keys, values, partitions in self._workload.chunks(events, self._settings.topics.partitions):
+        for keys, values, partitions in self._chunks:
             for key, value, partition in zip(keys, values, partitions, strict=True):
                 now = time.perf_counter()
                 due = started + sent / self._rate
@@ -72,14 +76,28 @@ class Publisher:
         producer.flush(30)
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Without this process's garbage collector, which would stop publishing and watching for tenths of a second."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 class Watcher:
     """Reads a topic from its end on a thread of its own and notes when each offset was seen first, until it is left.
 
-    offset_of: the event's offset in a record of the topic.
+    offset_of: the event's offset in a record of the topic. deletions: whether records without a value are of events.
     """
 
-    def __init__(self, settings: Settings, topic: str, offset_of: Callable[[Message], int]) -> None:
+    def __init__(
+        self, settings: Settings, topic: str, offset_of: Callable[[Message], int], *, deletions: bool = True
+    ) -> None:
         self._offset_of = offset_of
+        self._deletions = deletions
         self._consumer = Consumer(client_config(settings, group_id="bench-watcher", enable_auto_commit=False))
         starts = []
         for number in range(settings.topics.partitions):
@@ -124,6 +142,8 @@ class Watcher:
         seen: set[tuple[int, int]] = set()
         when, delay = [], []
         for at, message in self.sightings():
+            if message.value() is None and not self._deletions:
+                continue
             number, offset = message.partition() or 0, self._offset_of(message)
             if (number, offset) not in seen and offset < len(published[number]):
                 seen.add((number, offset))

@@ -186,7 +186,8 @@ def _padded(rows: list[NDArray[np.float32]]) -> NDArray[np.float32]:
 def frozen_predictions(examples: AnsweredExamples, until_ms: int, head: BayesianLogistic) -> NDArray[np.float64]:
     """(n,) what the head that stopped learning at `until_ms` says of every example, before and after.
 
-    It learned, in the recorded order, from the labels final at or before `until_ms`, as the live one did.
+    It learned, in the recorded order, from the labels final at or before `until_ms`, as the live one did. Of a task
+    with `tables` it is the head without them: a record does not say which rows an example used.
 
     Parameters
     ----------

@@ -14,13 +14,16 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from stream.store import Stats
 
@@ -202,41 +205,95 @@ class StoreCollector(Collector):
         }  # fmt: skip
 
 
+class _Tally:
+    """A histogram as plain numbers: how many values lie in each bucket, and their sum."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(self._bounds) + 1)
+        self._sum = 0.0
+
+    def add(self, value: float) -> None:
+        """Count a value."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def family(self, name: str, documentation: str) -> HistogramMetricFamily:
+        """What is told of it."""
+        limits = [*map(floatToGoString, self._bounds), "+Inf"]
+        buckets = list(zip(limits, accumulate(self._counts), strict=True))
+        return HistogramMetricFamily(name, documentation, buckets=buckets, sum_value=self._sum)
+
+
+class BatchCollector(Collector):
+    """Counts of micro-batches, of which a worker has hundreds a second: plain numbers, read when Prometheus asks.
+
+    One thread counts; any thread may read. Not guaranteed: that a reader finds all numbers of one instant.
+    """
+
+    def __init__(self) -> None:
+        self.embeddings = 0
+        #: Records after the last one applied, by partition.
+        self.lag: dict[int, int] = {}
+        self._events = self._replayed = 0
+        self._records = _Tally((1, 4, 16, 64, 256, 1024, 4096, 16384))
+        self._waves = _Tally((1, 2, 4, 8, 16, 64, 256, 1024))
+        self._seconds = _Tally(_SECONDS)
+        self._ages = _Tally(_SECONDS)
+
+    def count(
+        self, partition: int, records: int, events: int, replayed: int, waves: int, *,
+        seconds: float, age_s: float, lag: int | None,
+    ) -> None:  # fmt: skip
+        """Count a micro-batch.
+
+        events, replayed: applied, and skipped since their row had applied them. seconds: it took. age_s: of its oldest
+        record when it was done. lag: records after it, None where nobody knows.
+        """
+        self._events += events
+        self._replayed += replayed
+        self._records.add(records)
+        self._waves.add(waves)
+        self._seconds.add(seconds)
+        self._ages.add(max(0.0, age_s))
+        if lag is not None:
+            self.lag[partition] = max(0, lag)
+
+    def describe(self) -> Iterable[Metric]:
+        """The families."""
+        return self.collect()
+
+    def collect(self) -> Iterator[Metric]:
+        """The families, with all there is."""
+        yield CounterMetricFamily("livestate_events_applied", "Events applied to rows.", self._events)
+        yield CounterMetricFamily(
+            "livestate_events_replayed", "Events skipped because their row had applied them before.", self._replayed
+        )
+        yield CounterMetricFamily("livestate_embeddings_published", "Embedding records produced.", self.embeddings)
+        yield self._records.family("livestate_batch_events", "Records in a micro-batch.")
+        yield self._seconds.family("livestate_batch_seconds", "Time to process a micro-batch.")
+        yield self._waves.family("livestate_batch_waves", "Waves in a micro-batch.")
+        yield self._ages.family(
+            "livestate_event_to_state_seconds",
+            "From a record's Kafka timestamp to its row's new state, for the oldest record of each micro-batch.",
+        )
+        lag = GaugeMetricFamily("livestate_lag_events", "Records not applied yet.", labels=["partition"])
+        for partition, records in list(self.lag.items()):
+            lag.add_metric([str(partition)], records)
+        yield lag
+
+
 class WorkerMetrics(ProcessMetrics):
     """What a serving worker tells."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         super().__init__(registry)
         r = self.registry
-        self.events = Counter("livestate_events_applied", "Events applied to rows.", registry=r)
-        self.replayed = Counter(
-            "livestate_events_replayed",
-            "Events skipped because their row had applied them before.",
-            registry=r,
-        )
         self.dead_letters = Counter(
             "livestate_dead_letters", "Records sent to dead-letters, by reason.", ["reason"], registry=r
         )
-        self.embeddings = Counter("livestate_embeddings_published", "Embedding records produced.", registry=r)
-        self.batch_events = Histogram(
-            "livestate_batch_events", "Records in a micro-batch.", registry=r,
-            buckets=(1, 4, 16, 64, 256, 1024, 4096, 16384),
-        )  # fmt: skip
-        self.batch_seconds = Histogram(
-            "livestate_batch_seconds", "Time to process a micro-batch.", registry=r, buckets=_SECONDS
-        )
-        self.batch_waves = Histogram(
-            "livestate_batch_waves",
-            "Waves in a micro-batch.",
-            registry=r,
-            buckets=(1, 2, 4, 8, 16, 64, 256, 1024),
-        )
-        self.latency = Histogram(
-            "livestate_event_to_state_seconds",
-            "From a record's Kafka timestamp to its row's new state, for the oldest record of each micro-batch.",
-            registry=r, buckets=_SECONDS,
-        )  # fmt: skip
-        self.lag = Gauge("livestate_lag_events", "Records not applied yet.", ["partition"], registry=r)
+        self.batches = BatchCollector()
+        r.register(self.batches)
         self.stores = StoreCollector()
         r.register(self.stores)
         self.partitions = Gauge("livestate_partitions_assigned", "Partitions this worker serves.", registry=r)

@@ -303,8 +303,8 @@ class Worker:
         owned.close()
         self._outputs.give_up(number)
         self._closing[number] = owned
-        for gauge in (self.metrics.lag, self.metrics.checkpoint_time):
-            gauge.remove_by_labels({"partition": str(number)})
+        self.metrics.batches.lag.pop(number, None)
+        self.metrics.checkpoint_time.remove_by_labels({"partition": str(number)})
 
     # ---------------------------------------------------------------- events
 
@@ -335,7 +335,7 @@ class Worker:
                 self._outputs.tombstones(block.partition, keys)
             else:
                 self._outputs.embeddings(block.partition, keys, embeddings)
-                self.metrics.embeddings.inc(len(embeddings))
+                self.metrics.batches.embeddings += len(embeddings)
         for records, rejected in applied.rejected:
             if rejected:
                 self._outputs.dead_letters(block.partition, records, rejected)
@@ -343,16 +343,12 @@ class Worker:
                 self.metrics.dead_letters.labels(one.reason).inc()
 
     def _count(self, block: FetchedBlock, applied: Applied, seconds: float) -> None:
-        metrics = self.metrics
-        metrics.events.inc(applied.events)
-        metrics.replayed.inc(applied.replayed)
-        metrics.batch_events.observe(len(block.records))
-        metrics.batch_seconds.observe(seconds)
-        metrics.batch_waves.observe(applied.waves)
-        metrics.latency.observe(max(0.0, time.time() - int(block.records.timestamps_ms[0]) / 1000.0))
         end = self._consumer.highwater_or_none(TP(self.settings.topics.events, block.partition))
-        if end is not None:
-            metrics.lag.labels(str(block.partition)).set(max(0, end - block.end))
+        self.metrics.batches.count(
+            block.partition, len(block.records), applied.events, applied.replayed, applied.waves,
+            seconds=seconds, age_s=time.time() - int(block.records.timestamps_ms[0]) / 1000.0,
+            lag=None if end is None else end - block.end,
+        )  # fmt: skip
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from stream.metrics import LABELS, DiskCollector, ProcessMetrics, TrainerMetrics, WorkerMetrics
 from stream.store import EmbeddingStore, StoreOptions
@@ -81,6 +81,24 @@ def test_a_directory_is_walked_no_more_often_than_said(tmp_path: Path) -> None:
     assert used() >= 100_000
 
 
+def test_micro_batches_are_counted_as_a_histogram_would() -> None:
+    # Given micro-batches on, between and beyond the bounds of buckets
+    metrics, wanted = WorkerMetrics(), CollectorRegistry()
+    bounds = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+    reference = Histogram("livestate_batch_events", "Records in a micro-batch.", registry=wanted, buckets=bounds)
+    for records in (1, 2, 4, 5, 100, 16384, 16385, 10**6):
+        metrics.batches.count(2, records, records, 1, 1, seconds=0.01, age_s=-1.0, lag=records)
+        reference.observe(records)
+    # Then buckets, count and sum are those of the client library
+    for sample in next(iter(wanted.collect())).samples:
+        if not sample.name.endswith("_created"):
+            assert _value(metrics, sample.name, **sample.labels) == sample.value
+    assert _value(metrics, "livestate_events_applied_total") == 1_032_881
+    assert _value(metrics, "livestate_events_replayed_total") == 8
+    assert _value(metrics, "livestate_event_to_state_seconds_sum") == 0
+    assert _value(metrics, "livestate_lag_events", partition="2") == 10**6
+
+
 def test_stores_are_read_when_asked() -> None:
     # Given a partition whose store has two rows, one of them expired
     metrics = WorkerMetrics()
@@ -126,7 +144,7 @@ def test_threads_count_together() -> None:
 
     def count() -> None:
         for _ in range(2_000):
-            metrics.events.inc()
+            metrics.rebalances.inc()
             metrics.http.answered("/v1/status", 200, 0.01)
 
     threads = [threading.Thread(target=count) for _ in range(4)]
@@ -134,7 +152,7 @@ def test_threads_count_together() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert _value(metrics, "livestate_events_applied_total") == 8_000
+    assert _value(metrics, "livestate_rebalances_total") == 8_000
     assert _value(metrics, "livestate_http_requests_total", route="/v1/status", status="200") == 8_000
 
 
@@ -142,7 +160,7 @@ def test_processes_count_for_themselves(tmp_path: Path) -> None:
     # Given two processes at a time, in an environment for programs that share their counts
     program = (
         "import sys; from prometheus_client import generate_latest; from stream.metrics import WorkerMetrics\n"
-        "metrics = WorkerMetrics(); metrics.events.inc(int(sys.argv[1])); print('counted', flush=True); input()\n"
+        "metrics = WorkerMetrics(); metrics.rebalances.inc(int(sys.argv[1])); print('counted', flush=True); input()\n"
         "print(generate_latest(metrics.registry).decode())"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
@@ -160,7 +178,7 @@ def test_processes_count_for_themselves(tmp_path: Path) -> None:
     # Then each tells its own
     for process, events in zip(processes, (3, 4), strict=True):
         text, _ = process.communicate("\n", timeout=60)
-        assert f"\nlivestate_events_applied_total {events}.0\n" in text
+        assert f"\nlivestate_rebalances_total {events}.0\n" in text
 
 
 def test_what_is_told_grows_with_partitions_only() -> None:

@@ -12,7 +12,7 @@ from stream.model.engine import Engine
 from stream.model.layout import Layout
 from stream.settings import load, parse
 from stream.wire import EventDecoder, RecordBlock, Schema, decode_embedding
-from tests.bench import freshness, http, labels, latency, memory, parameters, publish, restore, throughput, trainer
+from tests.bench import freshness, http, labels, latency, memory, metrics, parameters, publish, restore, throughput, trainer
 from tests.bench.support.stock import Step
 from tests.bench.support.workload import EPOCH_MS, Workload, random_parameters, settings_text
 from tests.support.truth import PlainRows
@@ -160,3 +160,11 @@ def test_the_latency_bench_tells_every_figure(capsys: pytest.CaptureFixture[str]
     # And what it is to show happened
     assert figures["version_served"] > 1
     assert figures["rows_swept"] > 0
+
+
+def test_the_metrics_bench_tells_their_share(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics.main(["--seconds", "0.1", "--clients", "1000"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for size in (100, 1_000, 8_192):
+        assert 0 < figures[f"share_of_{size}"] < 1
+    assert figures["answer_ms"] > 0

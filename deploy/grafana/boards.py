@@ -449,7 +449,7 @@ TRAINER = Board(
                 ),
                 Graph(
                     "Stream time", "dateTimeAsIso",
-                    {"largest event time": "1000 * livestate_stream_timestamp_seconds"},
+                    {"largest event time": "1000 * (livestate_stream_timestamp_seconds > 0)"},
                 ),
                 Graph("Taking over", "short", {"{{instance}}": "livestate_trainer_taking_over"}, "1 during a rebuild."),
             ],

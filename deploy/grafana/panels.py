@@ -70,16 +70,17 @@ class Graph:
     def as_json(self, number: int, x: int, y: int) -> dict[str, Any]:
         """The panel at its place."""
         steps: Steps = ((None, "green"),) if self.limit is None else ((None, "green"), (self.limit, "red"))
-        custom = {
+        custom: dict[str, Any] = {
             "drawStyle": "line",
             "lineWidth": 1,
             "fillOpacity": 25 if self.stacked else 8,
             "showPoints": "never",
             "spanNulls": False,
-            "axisSoftMin": 0,
             "stacking": {"mode": "normal" if self.stacked else "none", "group": "A"},
             "thresholdsStyle": {"mode": "off" if self.limit is None else "line"},
         }
+        if self.unit != "dateTimeAsIso":
+            custom["axisSoftMin"] = 0
         field = {"unit": self.unit, "thresholds": _thresholds(steps), "mappings": []}
         return {
             **_panel("timeseries", number, self.title, self.description, (x, y, _GRAPH_WIDTH, _GRAPH_HEIGHT)),
@@ -175,7 +176,7 @@ _ALARMS = {
 _INSTANCES = {
     "type": "query", "name": "instance", "label": "worker", "datasource": DATASOURCE,
     "query": "label_values(livestate_partitions_assigned, instance)", "refresh": 2, "sort": 1, "multi": True,
-    "includeAll": True, "allValue": ".+", "current": {"selected": True, "text": ["All"], "value": ["$__all"]},
+    "includeAll": True, "current": {"selected": True, "text": ["All"], "value": ["$__all"]},
     "hide": 0, "options": [], "regex": "", "skipUrlSync": False,
 }  # fmt: skip
 

@@ -12,8 +12,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARDS = sorted((ROOT / "deploy/grafana/dashboards").glob("*.json"))
-#: What Grafana puts in place of its variables, where everything is shown and Prometheus asks every few seconds.
-VARIABLES = {"$__rate_interval": "20s", "$instance": ".+"}
+#: What Grafana puts in place of its variables, where all workers are shown and Prometheus asks every few seconds.
+VARIABLES = {"$__rate_interval": "20s", "$instance": "worker-.+"}
 _METRIC = re.compile(r"\b(?:livestate|process)_[a-z0-9_]+")
 _RECORDED = re.compile(r"\blivestate:[a-z0-9_:]+")
 _SELECTOR = re.compile(r"\b(?:livestate_|livestate:|up\b)[a-z0-9_:]*(?:\{[^}]*\})?")

@@ -52,17 +52,23 @@ class Prometheus:
 
 
 @contextmanager
-def run_prometheus(directory: Path, targets: Mapping[str, list[str]], every_s: int = 1) -> Iterator[Prometheus]:
+def run_prometheus(directory: Path, targets: Mapping[str, Mapping[str, str]], every_s: int = 1) -> Iterator[Prometheus]:
     """Prometheus with the configuration and rules of deploy/.
 
-    targets: addresses for each job, in place of those in the file.
+    targets: for each job the name and the address of each process, in place of those in the file.
     every_s: seconds between scrapes, and between evaluations of the rules.
     """
     configuration, rules = read_yaml("deploy/prometheus.yml"), read_yaml("deploy/alerts.yml")
     pace = {"scrape_interval": f"{every_s}s", "scrape_timeout": f"{every_s}s", "evaluation_interval": f"{every_s}s"}
     configuration["global"] = pace
     configuration["scrape_configs"] = [
-        {**job, "static_configs": [{"targets": targets[job["job_name"]]}]}
+        {
+            "job_name": job["job_name"],
+            "static_configs": [
+                {"targets": [address], "labels": {"instance": name}}
+                for name, address in targets[job["job_name"]].items()
+            ],
+        }
         for job in configuration["scrape_configs"]
         if job["job_name"] in targets
     ]
@@ -91,6 +97,7 @@ class Watched:
     """A worker and a trainer of the shop, and their Prometheus."""
 
     settings: Settings
+    environment: Mapping[str, str]
     worker_port: int
     trainer_port: int
     prometheus: Prometheus
@@ -116,10 +123,10 @@ def run_watched(broker: Broker, directory: Path) -> Iterator[Watched]:
         for name in ("trainer", "worker"):
             stack.enter_context(Livestate(directory / f"{name}.log", [name], environment))
         targets = {
-            "livestate-worker": [f"127.0.0.1:{worker_port}"],
-            "livestate-trainer": [f"127.0.0.1:{trainer_port}"],
+            "livestate-worker": {"worker-1:6066": f"127.0.0.1:{worker_port}"},
+            "livestate-trainer": {"trainer:6067": f"127.0.0.1:{trainer_port}"},
         }
         prometheus = stack.enter_context(run_prometheus(directory / "prometheus", targets))
         for name, port in (("trainer", trainer_port), ("worker", worker_port)):
             wait_for(lambda port=port: http_get(port, "/readyz")[0] == 200, 90, f"the {name} is ready")  # type: ignore[misc]
-        yield Watched(settings, worker_port, trainer_port, prometheus)
+        yield Watched(settings, environment, worker_port, trainer_port, prometheus)

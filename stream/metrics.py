@@ -32,6 +32,7 @@ __all__ = ["LABELS", "OTHER_ROUTE", "HttpMetrics", "ProcessMetrics", "TrainerMet
 #: Every label, and where its values come from.
 LABELS = {
     "cause": "why a row ended: `age`, `cap`",
+    "head": "parts of a task's head in the settings, and `average`",
     "label": "`positive`, `negative`",
     "outcome": "what becomes of feedback (`trainer.joiner.OUTCOMES`)",
     "partition": "numbers below topics.partitions",

@@ -12,7 +12,19 @@ from stream.model.engine import Engine
 from stream.model.layout import Layout
 from stream.settings import load, parse
 from stream.wire import EventDecoder, RecordBlock, Schema, decode_embedding
-from tests.bench import freshness, http, labels, latency, memory, metrics, parameters, publish, restore, throughput, trainer
+from tests.bench import (
+    freshness,
+    http,
+    labels,
+    latency,
+    memory,
+    metrics,
+    parameters,
+    publish,
+    restore,
+    throughput,
+    trainer,
+)
 from tests.bench.support.stock import Step
 from tests.bench.support.workload import EPOCH_MS, Workload, random_parameters, settings_text
 from tests.support.truth import PlainRows

@@ -7,6 +7,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from http import HTTPStatus
+from typing import get_args
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -15,6 +16,7 @@ from stream.broker import EmbeddedBroker
 from stream.metrics import LABELS, OTHER_ROUTE
 from stream.openapi import openapi_document
 from stream.settings import Settings
+from stream.settings.sections import HeadName
 from stream.wire import REASONS
 from tests.deploy.publisher import Publisher
 from tests.deploy.queries import alert_queries, selectors, shown_queries
@@ -22,6 +24,7 @@ from tests.deploy.test_monitoring import promtool
 from tests.deploy.watched import Watched, run_watched, usable_prometheus
 from tests.support.processes import http_get, wait_for
 from trainer.joiner import OUTCOMES
+from trainer.learner.task import AVERAGE
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,7 @@ def _allowed(settings: Settings) -> dict[str, set[str]]:
     paths = set(openapi_document(settings)["paths"])
     allowed = {
         "cause": {"age", "cap"},
+        "head": {AVERAGE, *get_args(HeadName)},
         "label": {"positive", "negative"},
         "outcome": set(OUTCOMES),
         "partition": {str(number) for number in range(settings.topics.partitions)},

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msgspec import structs
 
-from stream.cli import add_settings, configure_logging, settings_of
+from stream.commands.common import (
+    ProgressLine,
+    add_json,
+    add_progress,
+    add_settings,
+    configure_logging,
+    print_json,
+    settings_of,
+)
 from stream.errors import SettingsError
 from trainer import version_commands
 from trainer.report import commands as report
@@ -85,6 +92,8 @@ def _add_pretrain(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
         "--events", required=True, nargs="+", metavar="FILE", help="events in order, one JSON map a line"
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="parameter file to write")
+    add_progress(parser)
+    add_json(parser, "what was learned as one JSON object")
     parser.set_defaults(run=_pretrain)
 
 
@@ -137,14 +146,14 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     configure_logging()
     settings = settings_of(arguments)
 
-    def show(share: float, text: str) -> None:
-        if sys.stderr.isatty():
-            print(f"\r{share:4.0%} {text:<60}", end="", file=sys.stderr, flush=True)
-
-    result = fit(settings, _events(arguments.events), show)
+    line = ProgressLine(arguments.progress)
+    result = fit(settings, _events(arguments.events), line.show)
     save_parameters(arguments.out, result.parameters)
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+    line.end()
+    if arguments.json:
+        figures = {"events": result.events, "loss": result.loss, "baseline": result.baseline}
+        print_json({"trunk": result.parameters.trunk_id, "file": arguments.out, **figures})
+        return 0
     print(
         f"trunk {result.parameters.trunk_id} written to {arguments.out}: {result.events:,} events, loss "
         f"{result.loss:.4f}, the best constant {result.baseline:.4f}"

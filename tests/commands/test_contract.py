@@ -28,6 +28,7 @@ def _example(name: str) -> list[str]:
 
 def test_the_commands_that_are_promised_are_there() -> None:
     promised = "run worker trainer publish get pretrain rebuild topics doctor report export import"
+    promised += " versions rollback"
     assert set(COMMANDS) >= set(promised.split())
 
 

@@ -1,10 +1,14 @@
 """The commands as a user types them."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from stream.cli import main
 from stream.wire import encode_event_json
 from trainer.pretrain import load_parameters
 
@@ -41,6 +45,27 @@ def test_pretrain_writes_a_trunk_and_says_how_good_it_is(tmp_path: Path) -> None
     # Then the file has the trunk that the line names
     assert done.returncode == 0, done.stderr
     assert f"trunk {load_parameters(trunk).trunk_id} written to {trunk}: 400 events, loss" in done.stdout
+    # And nothing is said on the way where nobody watches
+    assert "%" not in done.stderr
+
+
+def test_pretrain_tells_its_progress_and_result_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Given some events
+    (tmp_path / "shop.toml").write_text(TOML)
+    fields = {"amount": 1.5, "department": "A"}
+    lines = [encode_event_json(f"c{i % 9}", START_MS + i, "purchase", fields) for i in range(200)]
+    (tmp_path / "events.jsonl").write_bytes(b"\n".join(lines))
+    trunk, files = tmp_path / "trunk.msgpack", ["--events", str(tmp_path / "events.jsonl")]
+    # When they are pretrained on, with progress and JSON asked for
+    settings = ["--settings", str(tmp_path / "shop.toml")]
+    assert main(["pretrain", *settings, "--out", str(trunk), *files, "--progress", "--json"]) == 0
+    # Then the way is told beside the result
+    done = capsys.readouterr()
+    assert "%  " in done.err
+    result = json.loads(done.out)
+    assert result["trunk"] == load_parameters(trunk).trunk_id
+    assert (result["file"], result["events"]) == (str(trunk), 200)
+    assert result["loss"] > 0
 
 
 def test_errors_are_one_line_and_an_exit_code(tmp_path: Path) -> None:

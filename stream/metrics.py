@@ -390,6 +390,11 @@ class TrainerMetrics(ProcessMetrics):
             "Labels not learned from, as the trainer was behind and learned from a sample of them.",
             ["task"], registry=r,
         )  # fmt: skip
+        self.sampled_out = Counter(
+            "livestate_negatives_sampled_out",
+            "Negatives not learned from, as tasks.NAME.negative_rate leaves them out.",
+            ["task"], registry=r,
+        )  # fmt: skip
         self.late_predictions = Counter(
             "livestate_late_predictions",
             "Events that ask for a prediction but came after a newer one of their client: no examples.",

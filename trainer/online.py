@@ -36,9 +36,11 @@ from trainer.history import History, KeptVersion
 from trainer.joiner import Example, Joined, Joiner
 from trainer.lag import sampled
 from trainer.learner import TaskLearner
+from trainer.poison import Poison
 from trainer.publisher import TableRows
 from trainer.record import Recorder
 from trainer.replica import Replica, late_events
+from trainer.sampling import NegativeSampling
 from trainer.timeline import EVENTS, FEEDBACK, Record, block_of
 
 __all__ = ["BATCH_RECORDS", "OnlineTrainer"]
@@ -153,6 +155,11 @@ class OnlineTrainer:
         }
         for learner in self.learners.values():
             learner.load(database)
+        self._sampling = {
+            name: NegativeSampling(name, task.negative_rate, settings.model.seed)
+            for name, task in settings.tasks.items()
+        }
+        self._poison = Poison(settings, self.metrics, self._refuse)
         self.history = History(database, settings.trainer.history_versions)
         self._tables = [table for learner in self.learners.values() for table in learner.tables]
         self._ticks: dict[str, int] = {}
@@ -323,10 +330,17 @@ class OnlineTrainer:
         learner = self.learners[example.task]
         if joined.early:
             self.metrics.early_labels.labels(example.task, "positive" if joined.label else "negative").inc()
-        learner.learn(
-            example.inputs, joined.label, joined.weight, example.prediction, joined.published_ms,
-            others=example.others, final_ms=joined.final_ms, keys=example.keys,
-        )  # fmt: skip
+        sampling = self._sampling[example.task]
+        if joined.label is not False or sampling.keeps(example.client_id, example.as_of_ms):
+            learner.learn(
+                example.inputs, joined.label, joined.weight, example.prediction, joined.published_ms,
+                log_odds_offset=sampling.log_odds_offset, others=example.others, final_ms=joined.final_ms,
+                keys=example.keys,
+            )  # fmt: skip
+            self._poison.learned(joined, learner.dropped)
+        else:
+            self.metrics.sampled_out.labels(example.task).inc()
+            learner.judge(joined.label, example.prediction, example.others)
         if self.recorder is not None:
             self.recorder.example(joined)
         self._count_learned(learner)

@@ -46,6 +46,8 @@ def check(settings: Settings) -> None:
                 accepted = f"a number field of {task.on}, or a category field of it with declared `values`"
                 _refuse(f"{name}.inputs", field_name, accepted)
         _check_candidates(settings, name, task)
+        if task.negative_rate < 1 and task.kind != "binary":
+            _refuse(f"{name}.negative_rate", task.negative_rate, f"1 with kind = {task.kind!r}: only binary labels are")
         if task.final_by is not None:
             by = settings.modalities[task.on].fields.get(task.final_by)
             if by is None or by.type != "category" or not by.values:

@@ -298,6 +298,9 @@ class Task(_Section, frozen=True):
     #: Labels `final`: a category field of `on` with declared `values`; delays are learned for each value (and for all
     #: others), drawn towards what is common to all. Windows of one value should be of similar length.
     final_by: Name | None = None
+    #: binary: share of the negatives that are learned from, drawn by client and time. What is predicted stays
+    #: calibrated, as log-odds are corrected for it.
+    negative_rate: Annotated[float, Meta(gt=0, le=1)] = 1.0
     #: Prior variance of each weight of the Bayesian logistic head (inputs are standardised).
     prior_variance: Annotated[float, Meta(gt=0, le=100)] = 0.01
     #: The same for weights on hidden state and sketches, whose many columns say little each; by default a tenth. At 0

@@ -47,6 +47,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "closed": {"labels": "closed", "final_by": None},
     "final": {"labels": "final", "final_by": "campaign_type"},
     "as_they_come": {"labels": "as_they_come", "final_by": None},
+    "closed, a quarter of the negatives": {"labels": "closed", "final_by": None, "negative_rate": 0.25},
 }
 
 
@@ -177,6 +178,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             draws = np.random.default_rng(0)
             gain = auc_difference_interval(sends.household[judged], truth, said[name], said["closed"], draws)
             result[name]["auc_gain"] = [gain.value, gain.low, gain.high]
+    # What a head that learned from a quarter of the negatives says, had its log-odds not been corrected.
+    odds = said["closed, a quarter of the negatives"] / (1.0 - said["closed, a quarter of the negatives"]) / 0.25
+    result["uncorrected_calibration_error"] = expected_calibration_error(redeemed[judged], odds / (1.0 + odds))
     print(json.dumps(result, default=lambda value: float(f"{value:.4g}")), flush=True)
     return result
 

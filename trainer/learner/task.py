@@ -141,9 +141,8 @@ class TaskLearner:
         final_ms: stream time at which the label may be learned.
         keys: of the rows that it uses.
         """
+        self.judge(label, prediction, others)
         target = self._target(label)
-        self._judge(np.append(np.float64(prediction), np.asarray(others, np.float64)), target)
-        self._changed = True
         one = Labelled(inputs, target, weight, published_ms, final_ms, log_odds_offset, tuple(keys))
         if not (np.isfinite(inputs).all() and math.isfinite(weight) and math.isfinite(log_odds_offset)):
             self.dropped += 1
@@ -151,6 +150,11 @@ class TaskLearner:
             self._queue.append(one)
         else:
             self._learn(one)
+
+    def judge(self, label: Label, prediction: float, others: ArrayLike = ()) -> None:
+        """Take how good a prediction was, and learn nothing; see `learn`."""
+        self._judge(np.append(np.float64(prediction), np.asarray(others, np.float64)), self._target(label))
+        self._changed = True
 
     def _target(self, label: Label) -> float:
         return float(self._settings.classes.index(label)) if isinstance(label, str) else float(label)

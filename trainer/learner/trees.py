@@ -141,7 +141,8 @@ def fit_trees(settings: Task, batch: Batch, seed: int) -> str:
     }
     if settings.kind == "multiclass":
         parameters["num_class"] = len(settings.classes)
-    offset = batch.offset if batch.offset.any() else None
+    # LightGBM warns of a column that lies among others.
+    offset = np.ascontiguousarray(batch.offset) if batch.offset.any() else None
     data = package.Dataset(
         batch.inputs, batch.target, weight=batch.weight, init_score=offset, params=parameters, free_raw_data=True
     )

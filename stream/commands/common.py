@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stream.seldom import Seldom
 from stream.settings import Settings, load
 
 __all__ = [
@@ -63,9 +64,11 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 
 def configure_logging(level: int = logging.INFO) -> None:
-    """One line for each record on standard error; libraries only from warnings up."""
+    """One line for each record on standard error; libraries only from warnings up, and not the same on and on."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(Seldom())
     logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=[handler]
     )
     for name in ("stream", "trainer"):
         logging.getLogger(name).setLevel(level)

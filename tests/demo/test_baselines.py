@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from trainer.demo.baselines import Aggregates, aggregates, retrained_lightgbm
+from trainer.demo.baselines import Aggregates, aggregates, refitted_logistic, retrained_lightgbm
 from trainer.demo.journey import DAY_MS, Journey
 from trainer.evaluation import auc
 
@@ -36,6 +36,16 @@ def test_aggregates_equal_plain_sums_before_the_send(journey: Journey, features:
         assert row[column["sales_of_GROCERY"]] == pytest.approx(lines.sales_value[grocery].sum(), abs=0.05)
         last = lines.timestamp_ms[mine].max() if mine.any() else np.nan
         assert row[column["days_since_basket"]] == pytest.approx((now - last) / DAY_MS, rel=1e-5, nan_ok=True)
+        # And of the campaign's coupons, as many lines as were bought of their categories
+        year = (lines.household == who) & (lines.timestamp_ms < now) & (lines.timestamp_ms >= now - 365 * DAY_MS)
+        of = journey.products.product_category[lines.product[year]]
+        groups = journey.campaigns.categories[sends.campaign[i]]
+        counts = sorted((np.log1p(sum((of == name).sum() for name in group)) for group in groups), reverse=True)
+        assert row[column["match_all_365d_best"]] == pytest.approx(np.mean(counts[:16]), abs=1e-5)
+        assert row[column["match_all_365d_maximum"]] == pytest.approx(counts[0], abs=1e-5)
+        assert row[column["match_all_365d_mean"]] == pytest.approx(np.mean(counts), abs=1e-5)
+        union = np.isin(of.astype(str), list({name for group in groups for name in group})).sum()
+        assert row[column["match_all_365d_union"]] == pytest.approx(np.log1p(union), abs=1e-5)
         before = (sends.household == who) & (sends.timestamp_ms < now)
         known = (sends.household == who) & (sends.redeemed_ms >= 0) & (sends.redeemed_ms < now)
         assert row[column["sent"]] == before.sum()
@@ -78,3 +88,8 @@ def test_labels_of_open_campaigns_change_no_prediction(journey: Journey, feature
     assert ((chances > 0) & (chances < 1)).all()
     judged = journey.campaigns.start_ms[sends.campaign] >= int(np.datetime64("2017-07-01", "ms").astype(np.int64))
     assert auc((sends.redeemed_ms >= 0)[judged], chances[judged]) > 0.79
+    # And the same holds of logistic regression
+    chances = refitted_logistic(journey, features)
+    assert np.array_equal(chances[early], refitted_logistic(other, features)[early])
+    assert ((chances > 0) & (chances < 1)).all()
+    assert auc((sends.redeemed_ms >= 0)[judged], chances[judged]) > 0.80

@@ -27,7 +27,7 @@ from trainer.record import Recorder
 
 SHOP = Path(__file__).resolve().parents[2] / "stream" / "examples" / "shop.toml"
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,12 @@ def test_models_are_measured_on_the_same_closed_campaigns(settings: Settings, jo
     # And the frozen head has learned the input that tells
     assert found.auc["frozen at mid-year"] == 1.0
     assert 0.79 < found.auc["LightGBM on aggregates, retrained"] < 0.87
+    assert 0.79 < found.auc["logistic regression on aggregates, refitted"] < 0.87
+    # And how far live is ahead has an interval, against each of them
+    assert list(found.ahead) == [name for name in found.auc if name != "live"]
+    for name, ahead in found.ahead.items():
+        assert ahead.value == pytest.approx(found.auc["live"] - found.auc[name])
+        assert ahead.low < ahead.value < ahead.high
     assert found.embeddings == published
     assert found.picture == tmp_path / "auc.png"
     assert imread(found.picture).shape[1] > 900
@@ -111,5 +117,5 @@ def test_a_stream_that_ends_before_july_has_no_figures(settings: Settings, journ
     # When models are compared, then nothing is measured, drawn, or asked of a record that is not there
     found = compare(settings, part, tmp_path / "none.bin", tmp_path / "auc.png")
     assert all(np.isnan(value) for value in found.auc.values())
-    assert len(found.auc) == 3
+    assert len(found.auc) == 4
     assert (found.picture, found.embeddings) == (None, 0)

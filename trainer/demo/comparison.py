@@ -1,4 +1,4 @@
-"""The models of a run beside each other: as it served, frozen at mid-year, and retrained hand-made aggregates.
+"""The models of a run beside each other: as it served, frozen at mid-year, and batch models on hand-made aggregates.
 
 Guaranteed: what is called live was read back from the embeddings topic, as any user would have; every model is
 measured on the same predictions, and on all those of a campaign or on none. A campaign that was still open at
@@ -20,10 +20,10 @@ from stream.model.heads import Questions
 from stream.model.layout import Layout
 from stream.settings import Settings
 from stream.wire import Schema, decode_embedding
-from trainer.demo.baselines import retrained_lightgbm
+from trainer.demo.baselines import aggregates, refitted_logistic, retrained_lightgbm
 from trainer.demo.journey import TASK, Journey
 from trainer.demo.report import Series, draw_auc_over_time
-from trainer.evaluation import auc
+from trainer.evaluation import Interval, auc, auc_difference_interval
 from trainer.learner import BayesianLogistic
 from trainer.record import frozen_predictions, read_record
 
@@ -37,9 +37,11 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Comparison:
-    """AUC by model, NaN where there is nothing to measure; on what; where it is drawn; embeddings read."""
+    """AUC by model, NaN where there is nothing to measure; how much live is ahead of each other one, with the 95 %
+    interval over households; on what; where it is drawn; embeddings read."""
 
     auc: dict[str, float]
+    ahead: dict[str, Interval]
     evaluated: str
     picture: Path | None
     embeddings: int
@@ -68,16 +70,30 @@ def compare(settings: Settings, journey: Journey, record: Path, picture: Path) -
         "live": _of_sends(journey, served),
         # Before mid-year the frozen model would be asked about what it learned from.
         "frozen at mid-year": _frozen(settings, journey, record) if judged.any() else unknown,
-        "LightGBM on aggregates, retrained": retrained_lightgbm(journey) if judged.any() else unknown,
+        "LightGBM on aggregates, retrained": unknown,
+        "logistic regression on aggregates, refitted": unknown,
     }
+    if judged.any():
+        features = aggregates(journey)
+        scores["LightGBM on aggregates, retrained"] = retrained_lightgbm(journey, features)
+        scores["logistic regression on aggregates, refitted"] = refitted_logistic(journey, features)
     for values in scores.values():
         judged &= np.isfinite(values)
     drawn = [
         Series(name, sends.timestamp_ms[closed], redeemed[closed], values[closed]) for name, values in scores.items()
     ]
     there = any(np.isfinite(one.scores).any() for one in drawn)
+    live = scores["live"][judged]
+    ahead = {
+        name: auc_difference_interval(
+            sends.household[judged], redeemed[judged], live, values[judged], np.random.default_rng(0)
+        )
+        for name, values in scores.items()
+        if name != "live"
+    }
     return Comparison(
         auc={name: auc(redeemed[judged], values[judged]) for name, values in scores.items()},
+        ahead=ahead,
         evaluated=f"{int(judged.sum()):,} campaign sends from July on, of campaigns that ended within the stream",
         picture=draw_auc_over_time(picture, drawn, title=TITLE, evaluated_from_ms=MIDYEAR_MS) if there else None,
         embeddings=embeddings,

@@ -156,7 +156,7 @@ def _run(options: Options, began: float, interrupts: Interrupts, started: contex
     system = _System(settings, worker, trainer, Exposition(worker_port), Exposition(trainer_port))
     last = _replay(system, journey, options.rate)
     _drain(system, last)
-    print("Comparing with a frozen copy and with retrained hand-made aggregates …", flush=True)
+    print("Comparing with a frozen copy and with batch models on hand-made aggregates …", flush=True)
     comparison = compare(settings, journey, record, directory / "auc.png")
     _draw_quality(settings, journey, record, directory / "quality")
     report = _report(system, journey, last, comparison, time.monotonic() - began)
@@ -326,6 +326,10 @@ def _report(system: _System, journey: Journey, last: Progress, comparison: Compa
         feedback_to_served_median_ms=None if median is None else median * 1000,
         feedback_to_served_p99_ms=None if p99 is None else p99 * 1000,
         auc=dict(comparison.auc),
+        more={
+            f"live ahead of {name}": f"{ahead.value:+.4f} [{ahead.low:+.4f} {ahead.high:+.4f}]"
+            for name, ahead in comparison.ahead.items()
+        },
         evaluated=comparison.evaluated,
         dead_letters=int(worker.total("livestate_dead_letters_total")),
         elapsed_s=elapsed_s,

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from stream.cli import EXAMPLE
 from stream.model.engine import Engine
 from stream.model.layout import Layout
 from stream.settings import load, parse
@@ -22,6 +23,7 @@ from tests.bench import (
     parameters,
     publish,
     restore,
+    sizing,
     throughput,
     trainer,
 )
@@ -180,3 +182,17 @@ def test_the_metrics_bench_tells_their_share(capsys: pytest.CaptureFixture[str])
     for size in (100, 1_000, 8_192):
         assert 0 < figures[f"share_of_{size}"] < 1
     assert figures["answer_ms"] > 0
+
+
+def test_sizes_follow_from_figures() -> None:
+    # Given ten million clients at a rate that one core bears six times
+    given = ["--clients", "1e7", "--rate", "30000", "--events-per-s", "180000", "--overhead-bytes", "60"]
+    more = ["--restore-rows-per-s", "200000", "--base-bytes", "500e6"]
+    # When the sizes are computed for rows of the example
+    figures = sizing.main([str(EXAMPLE), *given, *more])
+    # Then they are those of the formulas
+    assert figures["cores"] == figures["workers"] == 1
+    assert figures["memory_gb"] == round((500e6 + 1e7 * (4 * figures["row_floats"] + 60)) / 1e9, 2)
+    assert figures["restore_s"] == 50.0
+    # And twice as many workers restore in half the time
+    assert sizing.main([str(EXAMPLE), *given, *more, "--workers", "2"])["restore_s"] == 25.0

@@ -20,7 +20,7 @@ from .conftest import LiveShop, NewShop
 from .shop import TABLED, posterior, refuse_nothing
 from .test_online import year
 
-CLIENTS = 12_000
+CLIENTS = 6_000
 KILLS = 20
 #: Events that all the kills together may let it apply, of four times as many.
 STREAM = CLIENTS
@@ -37,7 +37,7 @@ def finish(live: LiveShop, port: int, trunk: str) -> float:
         found = scrape(port)
         return found.get("livestate_trainer_lag_events") == 0 and found.get("livestate_parameter_version", 0) > 0
 
-    wait_for(done, 120, f"everything of {events} read")
+    wait_for(done, 240, f"everything of {events} read")
     applied = metric(port, "livestate_trainer_events_total")
     assert process.pid is not None
     os.kill(process.pid, signal.SIGTERM)
@@ -78,7 +78,7 @@ def strike(process: ForkServerProcess, port: int, random: np.random.Generator) -
     return at_work
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_killed_trainer_ends_bit_for_bit_as_an_undisturbed_one(
     new_embedded_shop: NewShop, free_port: int, request: pytest.FixtureRequest
 ) -> None:

@@ -3,9 +3,9 @@
     python -m tests.deploy.compose_check [--without SERVICE ...] [--skip-build] [--keep]
 
 It builds the image, starts the stack under a project name and on ports of its own, and publishes events and
-feedback from this machine. One worker container is killed and started again, the other is restarted, and the
-trainer too, all under load. Then, from the topics alone, every state and every embedding has to equal one
-undisturbed pass over the events, bit for bit. It also looks at what the containers may do, that none of them
+feedback from this machine. One worker container is killed and started again, the other is restarted, the trainer too,
+and two more workers come and go, all under load. Then, from the topics alone, every state and every embedding has to
+equal one undisturbed pass over the events, bit for bit. It also looks at what the containers may do, that none of them
 compiled a kernel at its start, and that every query of the dashboard and of the rules finds data in Prometheus.
 At the end everything is removed again.
 
@@ -65,13 +65,12 @@ class Stack:
             "IMAGE_TAG": "check",
         }
         every = self.compose("config", "--services").split()
-        self.services = [name for name in every if name not in without and name != "demo"]
+        self.services = [name for name in every if name not in without and name not in ("demo", "more-workers")]
 
-    def compose(self, *arguments: str) -> str:
-        """Run a compose command; returns what it printed."""
-        done = subprocess.run(
-            [*self._compose, *arguments], cwd=ROOT, env=self._environment, capture_output=True, text=True
-        )
+    def compose(self, *arguments: str, **variables: str) -> str:
+        """Run a compose command, under environment variables; returns what it printed."""
+        environment = self._environment | variables
+        done = subprocess.run([*self._compose, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise AssertionError(f"compose {' '.join(arguments)}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
         return done.stdout
@@ -102,6 +101,10 @@ class Stack:
             for number, position in self.status(worker).get("positions", {}).items():
                 positions[int(number)] = max(position, positions.get(int(number), 0))
         return positions
+
+    def owners(self) -> int:
+        """How many workers have partitions, as the first one knows it."""
+        return len({address for address in self.status("worker-1").get("owners", {}).values() if address})
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """Result of an instant query by Prometheus."""
@@ -187,6 +190,12 @@ def check(stack: Stack, *, build: bool) -> None:
         stack.compose("restart", "--timeout", "90", "trainer")
         wait_for(lambda: stack.is_healthy("trainer"), 120, "the trainer is healthy")
         wait_for(lambda: stack.status("worker-1")["parameter_version"] > version, 120, "a new version is served")
+    with step("two more workers under load"), publisher.load():
+        stack.compose("up", "--detach", "--no-build", "more-workers", MORE_WORKERS="2")
+        wait_for(lambda: stack.owners() == 4, 180, "each of four workers serves a partition")
+    with step("and without them again"), publisher.load():
+        stack.compose("up", "--detach", "--no-build", "more-workers", MORE_WORKERS="0")
+        wait_for(lambda: stack.owners() == len(WORKERS), 120, "two workers serve all partitions")
     with step("no kernel was compiled at a start"):
         check_kernels(stack)
     with step(f"{sum(publisher.ends.values()):,} events are applied, the workers stop"):
@@ -252,6 +261,8 @@ def check_queries(stack: Stack, publisher: Publisher) -> None:
 
     def all_find_data() -> bool:
         publisher.publish(200)
+        for worker in WORKERS:
+            stack.status(worker)
         empty[:] = [text for text in shown_queries() if not stack.query(text)]
         return not empty
 

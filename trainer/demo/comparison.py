@@ -27,7 +27,7 @@ from trainer.evaluation import Interval, auc, auc_difference_interval
 from trainer.learner import BayesianLogistic
 from trainer.record import frozen_predictions, read_record
 
-__all__ = ["MIDYEAR_MS", "Comparison", "compare"]
+__all__ = ["MIDYEAR_MS", "Comparison", "compare", "served_predictions"]
 
 MIDYEAR_MS = int(np.datetime64("2017-07-01", "ms").astype(np.int64))
 TITLE = "Will this household redeem a coupon of the campaign it was sent?"
@@ -62,7 +62,7 @@ def compare(settings: Settings, journey: Journey, record: Path, picture: Path) -
     """
     sends = journey.sends
     redeemed = sends.redeemed_ms >= 0
-    served, embeddings = _served_predictions(settings)
+    served, embeddings = served_predictions(settings, TASK)
     closed = journey.campaigns.end_ms[sends.campaign] <= journey.end_ms
     judged = closed & (sends.timestamp_ms >= MIDYEAR_MS)
     unknown = np.full(len(sends), np.nan)
@@ -107,11 +107,11 @@ def _of_sends(journey: Journey, said: dict[tuple[bytes, int], float]) -> Floats:
     return np.array([said.get((str(household).encode(), at), np.nan) for household, at in moments])
 
 
-def _served_predictions(settings: Settings) -> tuple[dict[tuple[bytes, int], float], int]:
+def served_predictions(settings: Settings, output: str) -> tuple[dict[tuple[bytes, int], float], int]:
     """The first prediction served at each (client, moment), from the embeddings topic, and the records there."""
     topic = settings.topics.embeddings
     # A map of predictions that is not empty holds the task's name; decoding the others can be spared.
-    name = TASK.encode()
+    name = output.encode()
     served: dict[tuple[bytes, int], float] = {}
     records = 0
     consumer = Consumer(client_config(settings, group_id="report", enable_auto_commit=False, enable_partition_eof=True))
@@ -130,7 +130,7 @@ def _served_predictions(settings: Settings) -> tuple[dict[tuple[bytes, int], flo
                 value = message.value()
                 if value is not None and name in value[-64:]:
                     embedding = decode_embedding(value)
-                    served.setdefault((message.key(), embedding.timestamp_ms), embedding.predictions[TASK])
+                    served.setdefault((message.key(), embedding.timestamp_ms), embedding.predictions[output])
     finally:
         consumer.close()
     return served, records

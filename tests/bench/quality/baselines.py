@@ -1,0 +1,118 @@
+"""What the live system is compared with: models on hand-made aggregates, refitted on schedule or learned online.
+
+Each predicts the points from `from_ms` on, from what was known at the start of their day of refitting (online: at the
+point): labels whose `known_ms` lies before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from lightgbm import Dataset, train
+from numpy.typing import NDArray
+
+from tests.bench.quality.streams import Points
+
+__all__ = ["FIRST", "REGULARISED", "boosted", "logistic_refit", "online_logistic"]
+
+Floats = NDArray[np.float64]
+DAY_MS = 86_400_000
+
+_COMMON = {
+    "objective": "binary", "num_threads": 1, "deterministic": True, "force_row_wise": True, "seed": 1, "verbose": -1,
+}  # fmt: skip
+#: LightGBM as it comes, with its trees made smaller steps.
+FIRST: dict[str, Any] = {**_COMMON, "num_trees": 200, "learning_rate": 0.05, "num_leaves": 31}
+REGULARISED: dict[str, Any] = {
+    **_COMMON, "num_trees": 250, "learning_rate": 0.03, "num_leaves": 15, "min_data_in_leaf": 200,
+    "bagging_fraction": 0.5, "bagging_freq": 1, "feature_fraction": 0.3, "lambda_l2": 10.0, "max_bin": 63,
+}  # fmt: skip
+
+
+def _refits(points: Points, from_ms: int, every_days: float) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """(indices of points whose label is known, indices of points to predict) at each refit."""
+    last_ms = int(points.as_of_ms.max())
+    for at_ms in range(from_ms, last_ms + 1, int(every_days * DAY_MS)):
+        due = (points.as_of_ms >= at_ms) & (points.as_of_ms < at_ms + every_days * DAY_MS)
+        yield np.flatnonzero(points.known_ms < at_ms), np.flatnonzero(due)
+
+
+def boosted(
+    points: Points,
+    features: NDArray[np.float32],
+    from_ms: int,
+    every_days: float,
+    parameters: dict[str, Any],
+) -> Floats:
+    """(n,) of LightGBM refitted from scratch on all known labels; NaN before `from_ms`."""
+    out = np.full(len(points), np.nan)
+    for known, due in _refits(points, from_ms, every_days):
+        if len(due):
+            data = Dataset(features[known], points.label[known].astype(np.float32), params=parameters)
+            out[due] = train(parameters, data).predict(features[due], num_threads=1)
+    return out
+
+
+def logistic_refit(points: Points, from_ms: int, every_days: float) -> Floats:
+    """(n,) of logistic regression with an L2 penalty on the standardised aggregates, refitted to convergence."""
+    x = _dense(points)
+    out = np.full(len(points), np.nan)
+    weight = np.zeros(x.shape[1])
+    for known, due in _refits(points, from_ms, every_days):
+        if len(due):
+            weight = _mode(x[known], points.label[known], weight)
+            out[due] = _chance(x[due] @ weight)
+    return out
+
+
+def _dense(points: Points) -> Floats:
+    """(n, inputs): signed logarithms and, of the last three columns, which are codes, one column for each value."""
+    raw = points.aggregates.astype(np.float64)
+    numbers, codes = raw[:, :-3], raw[:, -3:]
+    seen = np.isfinite(numbers)
+    filled = np.where(seen, np.sign(numbers) * np.log1p(np.abs(np.nan_to_num(numbers))), 0.0)
+    absent = ~seen[:, ~seen.all(axis=0)]
+    hot = [codes[:, [i]] == np.unique(codes[:, i])[None, :] for i in range(codes.shape[1])]
+    parts = np.concatenate([filled, absent, *hot], axis=1).astype(np.float64)
+    spread = parts.std(axis=0)
+    parts = (parts - parts.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+    return np.concatenate([parts, np.ones((len(parts), 1))], axis=1)
+
+
+def _chance(log_odds: Floats) -> Floats:
+    return 0.5 + 0.5 * np.tanh(0.5 * log_odds)
+
+
+def _mode(x: Floats, label: NDArray[np.bool_], start: Floats) -> Floats:
+    weight = start.copy()
+    for _ in range(25):
+        chance = _chance(x @ weight)
+        gradient = x.T @ (label - chance) - 10.0 * weight
+        curvature = (x * (chance * (1.0 - chance))[:, None]).T @ x + 10.0 * np.eye(x.shape[1])
+        step = np.linalg.solve(curvature, gradient)
+        weight += step
+        if np.abs(step).max() < 1e-6:
+            break
+    return weight
+
+
+def online_logistic(points: Points, from_ms: int) -> Floats:
+    """(n,) of River's logistic regression on scaled aggregates, one pass, each label as it becomes known."""
+    from river import linear_model, preprocessing
+
+    model = preprocessing.StandardScaler() | linear_model.LogisticRegression()
+    names = [str(i) for i in range(points.aggregates.shape[1])]
+    rows = np.nan_to_num(points.aggregates, nan=0.0)
+    out = np.full(len(points), np.nan)
+    known = np.argsort(points.known_ms, kind="stable")
+    told = 0
+    for i, at_ms in enumerate(points.as_of_ms.tolist()):
+        while told < len(known) and points.known_ms[known[told]] < at_ms:
+            one = int(known[told])
+            model.learn_one(dict(zip(names, rows[one].tolist(), strict=True)), bool(points.label[one]))
+            told += 1
+        if at_ms >= from_ms:
+            out[i] = model.predict_proba_one(dict(zip(names, rows[i].tolist(), strict=True))).get(True, 0.5)
+    return out

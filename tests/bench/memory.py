@@ -29,10 +29,10 @@ _BATCHES = 64
 
 _MEMORY = """
 [[memory]]
-name = "spend_by_code_30d"
-kind = "sum"
-field = "amt"
-by = "mcc"
+name = "counts_30d"
+kind = "tally"
+field = "mcc"
+dimensions = 8
 half_life_s = 2_592_000
 [[memory]]
 name = "spend_by_code_365d"

@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
             batches.append((decoder.decode(block), np.array([int(key[1:]) for key in keys[part]], np.int64)))
     spent: dict[str, list[float]] = {"plain": [], "full": []}
     offset, began = 0, time.perf_counter()
-    while time.perf_counter() - began < options.seconds:
+    while len(spent["full"]) <= len(batches) or time.perf_counter() - began < options.seconds:
         for columns, slots in batches:
             for name, site in (("plain", plain), ("full", full)):
                 spent[name].append(site.apply(columns, slots, offset))

@@ -71,7 +71,7 @@ def _expositions(watched: Watched) -> dict[str, str]:
         found["trainer"] = http_get(watched.trainer_port, "/metrics")[1]
         return "livestate_dead_letters_total{" in found["worker"] and "livestate_prequential_auc{" in found["trainer"]
 
-    wait_for(is_all_there, 60, "worker and trainer have counted everything")
+    wait_for(is_all_there, 120, "worker and trainer have counted everything")
     return found
 
 
@@ -124,7 +124,7 @@ def test_every_query_of_boards_and_rules_finds_data(watched: Watched) -> None:
 
     # Then each has numbers
     try:
-        wait_for(all_find_data, 60, "every query finds data")
+        wait_for(all_find_data, 120, "every query finds data")
     except AssertionError as error:
         raise AssertionError("no data for:\n" + "\n".join(empty)) from error
 

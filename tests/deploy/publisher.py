@@ -43,7 +43,9 @@ class Publisher:
                 self.refused += 1
             elif draw < 0.1:
                 fields = {"campaign_id": str(rng.integers(30)), "campaign_type": "Type A", "duration_days": 32}
-                value = encode_event(client, self._now_ms, "campaign_send", fields | {"coupons": int(rng.integers(9))})
+                coupons = [[f"category-{one}" for one in rng.integers(300, size=3)] for _ in range(rng.integers(9))]
+                fields |= {"coupons": len(coupons), "categories": coupons}
+                value = encode_event(client, self._now_ms, "campaign_send", fields)
                 label = FeedbackRecord(
                     client, self._now_ms + 1, self._now_ms, "redeemed", bool(rng.random() < 0.3)
                 )  # fmt: skip
@@ -52,6 +54,7 @@ class Publisher:
                 prices = {name: float(rng.normal()) for name in ("retail_disc", "coupon_disc", "coupon_match_disc")}
                 fields = {
                     "product_id": str(rng.integers(5000)), "store_id": str(rng.integers(100)),
+                    "product_category": f"category-{rng.integers(300)}",
                     "department": str(rng.choice(departments)), "quantity": 1, "sales_value": 2.5,
                 }  # fmt: skip
                 value = encode_event(client, self._now_ms, "purchase", fields | prices)

@@ -70,5 +70,7 @@ def warm_up(
     return time.perf_counter() - started
 
 
-def _value(field: FieldSchema) -> str | float:
+def _value(field: FieldSchema) -> str | float | list[str]:
+    if field.type == "items":
+        return ["a"]
     return min(max(1.0, field.minimum), field.maximum) if field.type == "number" else "a"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
@@ -13,6 +14,10 @@ from tests.support.brokers import require_apache
 
 # As worker and trainer do: on few cores, threads of matrix products wait for each other.
 torch.set_num_threads(1)
+
+# How long an example takes says how busy the machine is; speed is measured in tests/bench.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -115,15 +115,17 @@ class _Lag:
 
 
 def _paced(site: Site, journey: Journey, rate: float, cores: list[int] | None) -> dict[str, float]:
-    with _trainer(site, cores) as (trainer, port), _Lag(trainer, port) as lag:
-        used = cpu_seconds(trainer.process.pid)
-        done = replay(site.settings, journey, rate=rate)
-        published = time.perf_counter()
-        wait_for(
-            lambda: not (now := _scraped(trainer, port)).get(_LAG, 1.0) and now.get(_EVENTS, 0.0) >= done.events,
-            600, "everything is read",
-        )  # fmt: skip
-        behind, cpu = time.perf_counter() - published, cpu_seconds(trainer.process.pid) - used
+    with _trainer(site, cores) as (trainer, port):
+        # Nobody looks at a trainer that is being stopped.
+        with _Lag(trainer, port) as lag:
+            used = cpu_seconds(trainer.process.pid)
+            done = replay(site.settings, journey, rate=rate)
+            published = time.perf_counter()
+            wait_for(
+                lambda: not (now := _scraped(trainer, port)).get(_LAG, 1.0) and now.get(_EVENTS, 0.0) >= done.events,
+                600, "everything is read",
+            )  # fmt: skip
+            behind, cpu = time.perf_counter() - published, cpu_seconds(trainer.process.pid) - used
         trainer.stop()
     return {
         "paced_events_per_s": done.events / done.elapsed_s,

@@ -205,13 +205,6 @@ class Table:
         """Clear the bits of slots."""
         np.bitwise_and.at(bits, slots >> 6, ~(np.uint64(1) << (slots & 63).astype(np.uint64)))
 
-    @staticmethod
-    def set_slots(bits: Uint64) -> Int64:
-        """Slots whose bit is set, ascending."""
-        out = np.empty(int(np.bitwise_count(bits).sum()), np.int64)
-        _, count = kernels.next_set(bits, 0, out)
-        return out[:count]
-
     def scatter(
         self,
         slots: Int64,

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgpack
@@ -31,6 +30,7 @@ from stream.settings import Settings, row_ttls
 from stream.store import PackedKeys
 from stream.wire import EventColumns, EventDecoder, Schema, decode_feedback
 from trainer.checkpoint import Changes, Database, pack_array, unpack_array
+from trainer.crossings import Crossings
 from trainer.delays import Delays
 from trainer.history import History, KeptVersion
 from trainer.joiner import Example, Joined, Joiner
@@ -244,7 +244,7 @@ class OnlineTrainer:
             own_keys = list(zip(*(one.to_list() for one in keys), strict=True)) if keys else [()] * len(own)
             asked += zip(events.tolist(), tasks, inputs, said, strata, own_keys, strict=True)
         asked.sort(key=lambda one: one[0])
-        crossings = _Crossings(self.joiner, records, columns, watermark_before)
+        crossings = Crossings(self.joiner, records, columns, watermark_before)
         for event, task, inputs, said, stratum, keys_there in asked:
             self._release(crossings, event)
             record = records[event]
@@ -291,7 +291,7 @@ class OnlineTrainer:
         missing = np.full((len(inputs), outputs), np.nan, np.float32)
         return np.concatenate([said, *(alone.get(part, missing) for part in parts)], axis=1)
 
-    def _release(self, crossings: _Crossings, before: int) -> None:
+    def _release(self, crossings: Crossings, before: int) -> None:
         """Learn the labels that events before the one at index `before` make final."""
         self._settle(crossings.watermarks, crossings.passed_ms)
         while (found := crossings.first()) is not None and found.event < before:
@@ -509,70 +509,3 @@ class OnlineTrainer:
         for learner in self.learners.values():
             learner.close()
         self.database.close()
-
-
-@dataclass(frozen=True)
-class _Crossing:
-    """An event that brings its partition's watermark past the window of a held label."""
-
-    event: int
-    partition: int
-    watermark_ms: int
-    released_ms: int
-
-
-class _Crossings:
-    """Finds, in a batch, where watermarks pass what the joiner waits for: at the event itself, wherever batches are
-    cut."""
-
-    def __init__(
-        self,
-        joiner: Joiner,
-        records: Sequence[Record],
-        columns: EventColumns,
-        watermark_before: NDArray[np.int64],
-    ) -> None:
-        self._joiner = joiner
-        self._records = records
-        self._passed = 0
-        accepted = np.flatnonzero(columns.accepted)
-        partitions = np.array([records[i].partition for i in accepted.tolist()], np.int64)
-        self._events = {p: accepted[partitions == p] for p in np.unique(partitions).tolist()}
-        self._watermarks = {
-            p: np.maximum(watermark_before[own], columns.timestamp_ms[own]) for p, own in self._events.items()
-        }
-
-    def pass_by(self, event: int) -> None:
-        """Nothing is found before this event from now on: what falls due later is due there."""
-        self._passed = event
-
-    @property
-    def passed_ms(self) -> int:
-        """Kafka's time of the event passed last."""
-        return self._records[self._passed].timestamp_ms
-
-    def watermarks(self) -> dict[int, int]:
-        """Each partition's watermark right after the event passed last."""
-        found = dict(self._joiner.watermarks)
-        for partition, events in self._events.items():
-            at = int(np.searchsorted(events, self._passed, "right"))
-            if at:
-                found[partition] = int(self._watermarks[partition][at - 1])
-        return found
-
-    def first(self) -> _Crossing | None:
-        """The first event of the batch that makes final something of what is waited for now."""
-        found: _Crossing | None = None
-        for partition, events in self._events.items():
-            end_ms = self._joiner.finality.next_release_ms(partition)
-            if end_ms is None:
-                continue
-            watermarks = self._watermarks[partition]
-            at = int(np.searchsorted(watermarks, end_ms, "right"))
-            if at == len(events):
-                continue
-            event = max(int(events[at]), self._passed)
-            if found is None or event < found.event:
-                at = int(np.searchsorted(events, event, "right")) - 1
-                found = _Crossing(event, partition, int(watermarks[at]), self._records[event].timestamp_ms)
-        return found

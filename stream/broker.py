@@ -27,13 +27,15 @@ from typing import Self
 
 from stream.errors import BrokerError
 from stream.kafka import metadata
+from stream.ports import HOST, free_port, is_free
 from stream.settings import Kafka
 
 __all__ = ["ApacheBroker", "Broker", "EmbeddedBroker"]
 
-HOST = "127.0.0.1"
 #: Free ports are picked, then bound by the broker: another program can take one in between.
 PORT_ATTEMPTS = 5
+#: What brokers write when a port is taken: the operating system's words, by way of Java and of Rust.
+PORT_TAKEN = b"Address already in use"
 
 
 class Broker(ABC):
@@ -47,6 +49,8 @@ class Broker(ABC):
     """
 
     name = "broker"
+    #: How many ports it listens on: `port` and the ones after it.
+    ports = 1
     #: How long `stop` waits after SIGTERM before SIGKILL.
     stop_timeout_s = 20.0
 
@@ -56,6 +60,7 @@ class Broker(ABC):
         self.start_timeout_s = start_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
 
     @property
     def bootstrap_servers(self) -> str:
@@ -97,11 +102,11 @@ class Broker(ABC):
         picks = self.port == 0
         for attempt in range(PORT_ATTEMPTS):
             if picks:
-                self.port = self._free_port()
+                self.port = self._pick_port()
             try:
                 # Asked before, as the embedded broker listens beside another one (SO_REUSEPORT) and each
                 # would get half of the clients.
-                if self._port_taken():
+                if not is_free(self.port):
                     raise BrokerError(
                         f"{self.name} cannot listen on {self.bootstrap_servers}: the port is taken by "
                         f"another process; name another one, or 0 for any free one"
@@ -109,9 +114,8 @@ class Broker(ABC):
                 self._launch()
                 self._wait_until_ready()
             except BrokerError:
-                ended = not self.running
                 self.kill()
-                if picks and ended and attempt + 1 < PORT_ATTEMPTS and self._port_taken():
+                if picks and attempt + 1 < PORT_ATTEMPTS and self._met_a_taken_port():
                     continue
                 if picks:
                     self.port = 0
@@ -145,22 +149,21 @@ class Broker(ABC):
     def _environment(self) -> dict[str, str]:
         return dict(os.environ)
 
-    def _free_port(self) -> int:
-        with socket.socket() as probe:
-            probe.bind((HOST, 0))
-            return int(probe.getsockname()[1])
+    def _pick_port(self) -> int:
+        return free_port(self.ports)
 
-    def _port_taken(self) -> bool:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, self.port))
-            except OSError:
-                return True
-        return False
+    def _met_a_taken_port(self) -> bool:
+        """Whether the process that ran last found one of its ports taken."""
+        try:
+            with self.log_path.open("rb") as log:
+                log.seek(self._log_start)
+                return PORT_TAKEN in log.read()
+        except OSError:
+            return False
 
     def _launch(self) -> None:
         with self.log_path.open("ab") as log:
+            self._log_start = log.tell()
             try:
                 self._process = subprocess.Popen(
                     self._command(),
@@ -312,6 +315,7 @@ class ApacheBroker(Broker):
     """
 
     name = "apache-broker"
+    ports = 2
     cluster_id = "bGl2ZXN0YXRlLWxvY2FsMA"
 
     def __init__(
@@ -325,16 +329,6 @@ class ApacheBroker(Broker):
         super().__init__(directory, port, start_timeout_s)
         self.home = Path(home).resolve()
         self.properties = dict(properties or {})
-
-    def _free_port(self) -> int:
-        while True:
-            port = super()._free_port()
-            with socket.socket() as probe:
-                try:
-                    probe.bind((HOST, port + 1))
-                except OSError:
-                    continue
-            return port
 
     def _environment(self) -> dict[str, str]:
         return {

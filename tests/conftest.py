@@ -8,8 +8,8 @@ import hypothesis
 import pytest
 import torch
 
+from stream import ports
 from stream.broker import ApacheBroker, Broker, EmbeddedBroker
-from tests.support import processes
 from tests.support.brokers import require_apache
 
 # As worker and trainer do: on few cores, threads of matrix products wait for each other.
@@ -55,4 +55,4 @@ def broker(request: pytest.FixtureRequest) -> Broker:
 @pytest.fixture
 def free_port() -> int:
     """A port that nobody listened on a moment ago."""
-    return processes.free_port()
+    return ports.free_port()

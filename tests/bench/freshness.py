@@ -26,11 +26,12 @@ from numpy.typing import NDArray
 
 from stream.model.parameters import ParameterSet
 from stream.parameter_log import Marker, ParameterReader
+from stream.ports import free_port
 from stream.wire import FeedbackRecord, decode_embedding, encode_feedback
 from tests.bench.support.site import Site, busy_seconds, cpu_seconds, machine, open_site, scrape
 from tests.bench.support.stream import Publisher, Watcher
 from tests.bench.support.workload import EPOCH_MS, Workload, settings_text
-from tests.support.processes import free_port, http_get, wait_for
+from tests.support.processes import http_get, wait_for
 
 __all__ = ["main"]
 

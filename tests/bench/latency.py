@@ -27,11 +27,12 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from numpy.typing import NDArray
 
 from stream.kafka import client_config
+from stream.ports import free_port
 from stream.wire import decode_embedding
 from tests.bench.support.site import Site, busy_seconds, cpu_seconds, machine, open_site, scrape
 from tests.bench.support.stream import Publisher, Watcher, undisturbed
 from tests.bench.support.workload import Workload
-from tests.support.processes import Livestate, free_port, http_get, wait_for
+from tests.support.processes import Livestate, http_get, wait_for
 from tests.support.trunk import publish_version
 
 __all__ = ["main"]

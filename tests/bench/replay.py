@@ -18,10 +18,11 @@ import sys
 import time
 from typing import Any
 
+from stream.ports import free_port
 from tests.bench.support.site import cpu_seconds, machine, on_cores, open_site, scrape
 from tests.bench.support.workload import Workload
 from tests.bench.throughput import measure
-from tests.support.processes import free_port, wait_for
+from tests.support.processes import wait_for
 from tests.support.trunk import publish_version
 
 __all__ = ["main"]

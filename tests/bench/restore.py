@@ -22,10 +22,11 @@ import numpy as np
 
 from stream.changelog import ChangelogWriter, PartitionMeta
 from stream.partitioner import partitions_of
+from stream.ports import free_port
 from stream.store.rows import encode_rows
 from tests.bench.support.site import Site, machine, open_site, scrape
 from tests.bench.support.workload import EPOCH_MS
-from tests.support.processes import Livestate, free_port, http_get, wait_for
+from tests.support.processes import Livestate, http_get, wait_for
 
 __all__ = ["main"]
 

@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 
+from stream.ports import free_port
 from tests.bench.support import parts
 from tests.bench.support.site import Site, busy_seconds, cpu_seconds, machine, on_cores, open_site, scrape
 from tests.bench.support.workload import Workload
-from tests.support.processes import ROOT, free_port, wait_for
+from tests.support.processes import ROOT, wait_for
 
 __all__ = ["main", "measure"]
 

@@ -29,10 +29,11 @@ from typing import Any
 from confluent_kafka import Producer
 
 from stream.kafka import producer_config
+from stream.ports import free_port
 from stream.wire import FeedbackRecord, encode_feedback
 from tests.bench.support.site import ROOT, Site, cpu_seconds, machine, on_cores, open_site, scrape
 from tests.bench.support.workload import EPOCH_MS, Workload, settings_text
-from tests.support.processes import Livestate, free_port, wait_for
+from tests.support.processes import Livestate, wait_for
 from trainer.demo import journey as demo
 from trainer.demo.journey import Journey
 from trainer.demo.replay import replay

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 from stream.broker import ApacheBroker, Broker, EmbeddedBroker
 from stream.errors import BrokerError
 from stream.kafka import client_config, ensure_topics, metadata, producer_config
+from stream.ports import HOST, free_port
 from stream.settings import Kafka
 from tests.broker.conftest import settings_for
 from tests.support.brokers import require_apache
@@ -101,6 +103,32 @@ def test_a_taken_port_is_refused(tmp_path: Path) -> None:
         # Then the first one goes on undisturbed
         assert second.pid is None
         assert first.running
+
+
+class _Unlucky(ApacheBroker):
+    """Its first port is the one given; nothing but its log says that it cannot be used."""
+
+    first = 0
+
+    def _pick_port(self) -> int:
+        port, self.first = self.first, 0
+        return port or super()._pick_port()
+
+
+def test_a_port_that_was_taken_while_it_started_is_given_up_for_another(tmp_path: Path) -> None:
+    # Given a free port whose successor, where the controller will listen, belongs to a connection
+    with socket.create_server((HOST, 0)) as server, socket.socket() as taken:
+        first = free_port(2)
+        taken.bind((HOST, first + 1))
+        taken.connect(server.getsockname())
+        # When a broker picks it
+        broker = _Unlucky(require_apache(), tmp_path)
+        broker.first = first
+        with broker:
+            # Then it starts on others
+            assert broker.port not in (0, first)
+            found = metadata(Kafka(bootstrap_servers=broker.bootstrap_servers), 5.0)
+            assert found.brokers == (broker.bootstrap_servers,)
 
 
 def test_a_broker_that_does_not_answer_in_time_is_ended_and_its_log_named(tmp_path: Path) -> None:

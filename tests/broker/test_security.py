@@ -14,11 +14,12 @@ from confluent_kafka import Producer
 from stream.batch_producer import asyncio_client_config
 from stream.errors import SecurityError
 from stream.kafka import metadata, producer_config, wait_until_reachable
+from stream.ports import free_port
 from stream.settings import Settings
 from stream.wire import encode_event
 from stream.wire.feedback import FeedbackRecord, encode_feedback
 from tests.support.brokers import require_apache
-from tests.support.processes import Livestate, free_port, http_get, metric, wait_for
+from tests.support.processes import Livestate, http_get, metric, wait_for
 from tests.support.secured import USER, SecuredBroker, new_authority
 from tests.support.settings import small_settings
 from tests.support.truth import check_partition

@@ -13,9 +13,10 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from stream.broker import Broker
 from stream.doctor import Doctor, Finding
 from stream.metrics import TrainerMetrics
+from stream.ports import free_port
 from stream.settings import load
 from tests.commands.conftest import Run
-from tests.support.processes import free_port, http_get, wait_for
+from tests.support.processes import http_get, wait_for
 from tests.support.settings import write_settings
 from tests.worker.conftest import System
 from trainer.monitoring import Health, Monitoring

@@ -14,11 +14,12 @@ from confluent_kafka import Producer
 
 from stream.kafka import ensure_topics, producer_config
 from stream.partitioner import partition_of
+from stream.ports import free_port
 from stream.settings import load
 from stream.store import PackedKeys
 from stream.wire import EmbeddingEncoder, decode_embedding
 from tests.commands.conftest import Run
-from tests.support.processes import free_port, metric, wait_for
+from tests.support.processes import metric, wait_for
 from tests.support.truth import changelog_states, check_partition, read_topic
 from tests.worker.conftest import System
 

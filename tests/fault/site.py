@@ -20,9 +20,10 @@ from stream.kafka import ensure_topics, log_ends
 from stream.model.heads import Questions
 from stream.model.layout import Layout
 from stream.model.parameters import ParameterSet
+from stream.ports import free_port
 from stream.settings import Settings, load
 from stream.wire import Schema
-from tests.support.processes import Livestate, free_port, http_get, metric, positions, wait_for
+from tests.support.processes import Livestate, http_get, metric, positions, wait_for
 from tests.support.settings import write_settings
 from tests.support.trunk import publish_version, random_head, random_trunk
 

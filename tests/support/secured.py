@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Self
 import pytest
 from confluent_kafka.admin import AdminClient, ScramCredentialInfo, ScramMechanism, UserScramCredentialUpsertion
 
-from stream.broker import HOST, ApacheBroker
+from stream.broker import ApacheBroker
+from stream.ports import HOST
 
 __all__ = ["PASSWORD", "USER", "Identity", "SecuredBroker", "new_authority"]
 
@@ -66,6 +66,8 @@ def new_authority(directory: Path, name: str = "ca") -> Identity:
 class SecuredBroker(ApacheBroker):
     """See the module. `USER` has `PASSWORD` by PLAIN and SCRAM; on the SSL port a client shows a certificate."""
 
+    ports = 1 + max(_LISTENERS.values())
+
     def start(self) -> Self:
         self.authority = new_authority(self.directory / "certificates")
         self.identity = self.authority.issue("broker", f"IP:{HOST}")
@@ -98,12 +100,6 @@ class SecuredBroker(ApacheBroker):
             made |= {"SASL_MECHANISM": mechanism, "SASL_USERNAME": USER, "SASL_PASSWORD_FILE": str(self.password_file)}
         return {f"LIVESTATE_KAFKA__{name}": value for name, value in made.items()}
 
-    def _free_port(self) -> int:
-        while True:
-            port = super()._free_port()
-            if all(_is_free(port + offset) for offset in _LISTENERS.values()):
-                return port
-
     def _command(self) -> list[str]:
         listeners = f"PLAINTEXT://{HOST}:{self.port}," + ",".join(f"{p}://{self.address(p)}" for p in _LISTENERS)
         plain = "org.apache.kafka.common.security.plain.PlainLoginModule"
@@ -124,15 +120,6 @@ class SecuredBroker(ApacheBroker):
             for mechanism in _SCRAM:
                 self.properties[f"{prefix}.{mechanism.lower()}.sasl.jaas.config"] = f"{scram} required;"
         return super()._command()
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return False
-    return True
 
 
 def _new_key(path: Path, password: str = "") -> None:

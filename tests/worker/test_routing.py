@@ -14,7 +14,8 @@ import pytest
 
 from stream.broker import Broker
 from stream.cli import main
-from tests.support.processes import free_port, http_get, metric, wait_for
+from stream.ports import free_port
+from tests.support.processes import http_get, metric, wait_for
 from tests.support.truth import read_topic
 from tests.worker.conftest import System
 

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from stream.errors import LivestateError
+from stream.ports import free_port, is_free
 
 __all__ = ["Exposition", "Interrupts", "Process", "free_ports"]
 
@@ -161,21 +161,12 @@ def free_ports(wanted: Sequence[int]) -> list[int]:
 
     All are different; 0 wants any.
     """
-    with contextlib.ExitStack() as held:
-        found: list[int] = []
-        for port in wanted:
-            probe = held.enter_context(socket.socket())
-            # What a process that ended has left behind does not make its port taken.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                if port in found:
-                    raise OSError(f"port {port} is wanted twice")
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                probe = held.enter_context(socket.socket())
-                probe.bind(("127.0.0.1", 0))
-            found.append(probe.getsockname()[1])
-        return found
+    found: list[int] = []
+    for port in wanted:
+        while port == 0 or port in found or not is_free(port):
+            port = free_port()
+        found.append(port)
+    return found
 
 
 class Interrupts:

@@ -143,7 +143,6 @@ class Rebuild:
         self, settings: Settings, number: int, served: Served, decoder: EventDecoder, encoder: EmbeddingEncoder
     ) -> None:
         engine = Engine(served.engine.layout, served.engine.parameters)
-        engine.cell.tile = served.engine.cell.tile
         self._served = Served(engine, served.questions, served.heads, served.version)
         self.trunk_id = engine.trunk_id
         self._path = partition_path(settings, number, self.trunk_id)

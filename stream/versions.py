@@ -80,8 +80,8 @@ class Versions:
             self.serving.latest = Served(engine, self._questions, heads, parameters.version)
         else:
             engine = Engine(self._layout, parameters)
-            tile = engine.cell.self_check(np.random.default_rng(0))
-            logger.info("trunk %s, matrix tiles of %d rows", engine.trunk_id, tile)
+            engine.cell.self_check(np.random.default_rng(0))
+            logger.info("trunk %s", engine.trunk_id)
             self.serving = Serving(Served(engine, self._questions, heads, parameters.version))
         self.note()
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import faust
-import torch
 from faust.types import TP
 
 from stream.addresses import AddressAssignor
@@ -541,7 +540,6 @@ def run_worker(settings: Settings, broker_timeout_s: float = 30.0) -> None:
     LivestateError: it cannot start or go on; the message says why.
     """
     keep_freed_memory()
-    torch.set_num_threads(1)
     data_dir = Path(settings.worker.data_dir)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from stream.errors import ParametersError
@@ -139,15 +138,15 @@ class Engine:
             nothing = np.empty(0, np.int64)
             empty = Triggers(nothing, nothing, np.empty((0, layout.hidden), np.float32), encoded.trigger_memory)
             return Advanced(nothing, nothing, 0, 0, empty)
-        inputs = np.zeros((self.cell.padded(events), layout.inputs), np.float32)
+        inputs = np.empty((events, layout.inputs), np.float32)
         kernels.assemble(
             encoded.position, encoded.dense, encoded.codes, self._tables,
             self._table_start, self._table_width, self._table_column, inputs,
         )  # fmt: skip
-        first = np.zeros((self.cell.padded(clients), layout.hidden), np.float32)
+        first = np.empty((clients, layout.hidden), np.float32)
         kernels.copy_rows(rows.vectors, encoded.slots, layout.hidden, first)
-        states = np.zeros((self.cell.padded(events), layout.hidden), np.float32)
-        self.cell.run(torch.from_numpy(inputs), encoded.starts, torch.from_numpy(first), torch.from_numpy(states))
+        states = np.empty((events, layout.hidden), np.float32)
+        self.cell.run(inputs, encoded.starts, first, states)
         kernels.scatter_hidden(states, encoded.last, encoded.slots, layout.hidden, rows.vectors)
         event_at = np.empty(events, np.int64)
         planned = np.flatnonzero(encoded.position >= 0)

@@ -205,32 +205,30 @@ def test_the_cell_is_a_gated_recurrent_unit() -> None:
         for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
             getattr(cell, name).copy_(torch.from_numpy(np.array(parameters[f"trunk/{name}"])))
     rng = np.random.default_rng(0)
-    inputs = torch.from_numpy(rng.normal(size=(37, LAYOUT.inputs)).astype(np.float32))
-    state = torch.from_numpy(rng.uniform(-1, 1, (37, LAYOUT.hidden)).astype(np.float32))
+    inputs = rng.normal(size=(37, LAYOUT.inputs)).astype(np.float32)
+    state = rng.uniform(-1, 1, (37, LAYOUT.hidden)).astype(np.float32)
     # When both step the same rows
-    ours = ENGINE.cell._one_wave(inputs, state)
+    ours = torch.from_numpy(ENGINE.cell._one_wave(inputs, state))
     with torch.no_grad():
-        theirs = cell(inputs, state)
+        theirs = cell(torch.from_numpy(inputs), torch.from_numpy(state))
     # Then they agree to rounding
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_a_wave_wider_than_the_cache_is_the_same_as_narrow_ones() -> None:
-    import torch
-
     rng = np.random.default_rng(0)
-    inputs = torch.from_numpy(rng.normal(size=(1000, LAYOUT.inputs)).astype(np.float32))
-    state = torch.from_numpy(rng.uniform(-1, 1, (1000, LAYOUT.hidden)).astype(np.float32))
+    inputs = rng.normal(size=(1000, LAYOUT.inputs)).astype(np.float32)
+    state = rng.uniform(-1, 1, (1000, LAYOUT.hidden)).astype(np.float32)
     wide = ENGINE.cell._one_wave(inputs, state)
     narrow = [ENGINE.cell._one_wave(inputs[at : at + 90], state[at : at + 90]) for at in range(0, 1000, 90)]
-    assert torch.equal(torch.cat(narrow), wide)
+    assert np.concatenate(narrow).tobytes() == wide.tobytes()
 
 
 @pytest.mark.parametrize("hidden", [8, 24, 64, 100, 256])
-def test_the_self_check_finds_a_tile(hidden: int) -> None:
+def test_a_row_does_not_depend_on_its_neighbours(hidden: int) -> None:
     configured = small_settings(MODEL__HIDDEN=str(hidden))
     layout = Layout.compile(configured, SCHEMA)
-    assert Engine(layout, random_trunk(layout)).cell.self_check(np.random.default_rng(0)) in (16, 32, 64)
+    Engine(layout, random_trunk(layout)).cell.self_check(np.random.default_rng(0))
 
 
 def test_a_trunk_of_other_settings_is_refused() -> None:

@@ -75,3 +75,9 @@ def test_what_a_block_needs_is_compiled_beforehand(tmp_path: Path) -> None:
     assert seen["events"] == 100
     assert sum(seen["before"].values()) > 10
     assert {name: n for name, n in seen["after"].items() if n != seen["before"][name]} == {}
+
+
+def test_a_worker_starts_without_torch() -> None:
+    # It takes longer to load than a million rows to be read back from disk, and only training needs it
+    program = "import sys, stream.worker; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=120).returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,10 @@ from tests.support.brokers import require_apache
 from tests.support.processes import Livestate, http_get, metric, wait_for
 from tests.support.secured import USER, SecuredBroker, new_authority
 from tests.support.settings import small_settings
-from tests.support.truth import check_partition
+from tests.support.trunk import random_trunk
+from tests.support.truth import block_of, changelog_states, check_partition, one_pass, read_topic
 from tests.worker.conftest import System
+from trainer.files import save_parameters
 from trainer.publisher import read_latest
 
 #: A refusal is known after the first attempts, not when `--broker-timeout` has passed.
@@ -166,6 +169,49 @@ def test_states_are_right_on_a_broker_with_tls_and_passwords(secured: SecuredBro
     latest = read_latest(system.settings)
     assert latest is not None
     assert sum(check_partition(system.settings, latest[0], p).events for p in range(2)) == 360
+
+
+def test_a_trunk_is_rebuilt_on_a_broker_with_tls_and_passwords(secured: SecuredBroker, tmp_path: Path) -> None:
+    # Given a worker that reaches the broker by TLS and SCRAM alone and serves the states of one trunk
+    system = System(secured, tmp_path)
+    system.publish_parameters()
+    system.publish(400)
+    worker_port, trainer_port = free_port(), free_port()
+    new = random_trunk(system.layout, seed=99)
+    save_parameters(tmp_path / "next.msgpack", new)
+    arguments = ["--trunk", str(tmp_path / "next.msgpack"), "--data-dir", str(tmp_path / "next")]
+    rebuild = Livestate(
+        tmp_path / "rebuild.log",
+        ["rebuild", "--settings", str(system.file), *arguments, "--http-port", str(trainer_port)],
+        system.environment,
+    )
+    with system.worker(worker_port) as worker:
+        wait_for(lambda: metric(worker_port, "livestate_events_applied_total") >= 400, 90, "the events are applied")
+        # When another trunk is rebuilt, and events go on
+        with rebuild:
+            wait_for(lambda: metric(trainer_port, "livestate_parameter_versions_published_total") >= 1, 90, "it leads")
+            system.publish(200)
+            wait_for(
+                lambda: _serves(worker_port, new.trunk_id, system.published), 90, "the new trunk serves all events"
+            )
+            assert rebuild.stop() == 0
+        assert worker.stop() == 0
+    # Then states and changelog are those of one undisturbed pass under it
+    latest = read_latest(system.settings)
+    assert latest is not None
+    assert latest[0].trunk_id == new.trunk_id
+    for partition in range(2):
+        truth = one_pass(
+            system.settings, latest[0], block_of(read_topic(system.settings, system.settings.topics.events, partition))
+        )
+        assert changelog_states(system.settings, system.layout, partition)[0] == dict(truth.states)
+
+
+def _serves(port: int, trunk_id: str, events: int) -> bool:
+    status, body = http_get(port, "/v1/status")
+    found = json.loads(body) if status == 200 else {}
+    serves = status == 200 and found["trunk"] == trunk_id and not found["rebuilding"]
+    return serves and sum(found["positions"].values()) >= events
 
 
 @pytest.mark.parametrize("command", ["worker", "trainer", "topics"])

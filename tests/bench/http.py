@@ -1,10 +1,11 @@
 """Questions by HTTP: latency and throughput of a worker's handlers beside a bare aiohttp handler.
 
-    python -m tests.bench.http [--seconds N] [--connections 8] [--clients 100000]
+    python -m tests.bench.http [--seconds N] [--connections 8] [--clients 100000] [--asked-by wrk|asyncio]
 
 The server is a process of its own: the worker's HTTP on rows in memory, with one task's head and no events to apply, or
 an aiohttp handler that answers with the same bytes and does nothing else. Each connection asks again as soon as it is
-answered, for random clients. The last line is JSON.
+answered, for random clients. By default wrk asks where it is installed, as its own processor time is small; without it
+a client of asyncio does. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -124,27 +126,50 @@ async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, quest
     return await reader.readexactly(int(length.split(b":")[1]))
 
 
-async def _load(port: int, seconds: float, connections: int, clients: int, many: bool) -> tuple[dict[str, float], str]:
-    """Figures of a stretch, and the last answer."""
-    delays: list[float] = []
-    started = time.perf_counter()
-    warm, end = started + 0.2 * seconds, started + 1.2 * seconds
-
-    async def connection(seed: int) -> bytes:
-        rng = np.random.default_rng(seed)
+def _first_answer(port: int, question: bytes) -> str:
+    async def ask() -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
-        answer = b""
-        while (now := time.perf_counter()) < end:
-            answer = await _ask(reader, writer, _question(rng, clients, many))
-            if now >= warm:
-                delays.append(time.perf_counter() - now)
+        answer = await _ask(reader, writer, question)
         writer.close()
         await writer.wait_closed()
         return answer
 
-    answers = await asyncio.gather(*(connection(seed) for seed in range(connections)))
+    return asyncio.run(ask()).decode()
+
+
+def _load_by_wrk(port: int, seconds: float, connections: int, clients: int, many: bool) -> dict[str, float]:
+    """Figures of a stretch, after a short one that warms up."""
+    for duration in (max(1, round(0.2 * seconds)), max(1, round(seconds))):
+        command = [
+            "wrk", "--threads", "1", "--connections", str(connections), "--duration", f"{duration}s",
+            "--script", str(ROOT / "tests/bench/support/questions.lua"), f"http://127.0.0.1:{port}",
+            "--", str(clients), str(_BATCH if many else 1),
+        ]  # fmt: skip
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    figures: dict[str, float] = json.loads(printed.splitlines()[-1])
+    assert figures.pop("wrong") == 0, printed
+    return figures
+
+
+async def _load_by_asyncio(port: int, seconds: float, connections: int, clients: int, many: bool) -> dict[str, float]:
+    """Figures of a stretch, after a short one that warms up."""
+    delays: list[float] = []
+    started = time.perf_counter()
+    warm, end = started + 0.2 * seconds, started + 1.2 * seconds
+
+    async def connection(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
+        while (now := time.perf_counter()) < end:
+            await _ask(reader, writer, _question(rng, clients, many))
+            if now >= warm:
+                delays.append(time.perf_counter() - now)
+        writer.close()
+        await writer.wait_closed()
+
+    await asyncio.gather(*(connection(seed) for seed in range(connections)))
     p50, p99 = np.percentile(np.array(delays) * 1000.0, [50, 99])
-    return {"per_s": len(delays) / seconds, "p50_ms": float(p50), "p99_ms": float(p99)}, answers[0].decode()
+    return {"per_s": len(delays) / seconds, "p50_ms": float(p50), "p99_ms": float(p99)}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, object]:
@@ -153,21 +178,24 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--connections", type=int, default=8)
     parser.add_argument("--clients", type=int, default=100_000)
+    parser.add_argument("--asked-by", choices=("wrk", "asyncio"), default="wrk" if shutil.which("wrk") else "asyncio")
     parser.add_argument("--serve", choices=("worker", "bare"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.serve is not None:
-        given = json.loads(sys.stdin.readline())
+        served = json.loads(sys.stdin.readline())
         if options.serve == "worker":
-            asyncio.run(_serve_worker(given))
+            asyncio.run(_serve_worker(served))
         else:
-            asyncio.run(_serve_bare({method: text.encode() for method, text in given.items()}))
-    figures: dict[str, object] = {"machine": machine()}
+            asyncio.run(_serve_bare({method: text.encode() for method, text in served.items()}))
+    figures: dict[str, object] = {"machine": machine(), "asked_by": options.asked_by}
     answers: dict[str, str] = {}
     for kind in ("worker", "bare"):
         with _server(kind, json.dumps(options.clients if kind == "worker" else answers)) as port:
             for name, many in (("one", False), (f"of_{_BATCH}", True)):
-                found, answer = asyncio.run(_load(port, options.seconds, options.connections, options.clients, many))
-                answers.setdefault("POST" if many else "GET", answer)
+                question = _question(np.random.default_rng(0), options.clients, many)
+                answers.setdefault("POST" if many else "GET", _first_answer(port, question))
+                given = port, options.seconds, options.connections, options.clients, many
+                found = _load_by_wrk(*given) if options.asked_by == "wrk" else asyncio.run(_load_by_asyncio(*given))
                 figures |= {f"{kind}_{name}_{key}": round(value, 2) for key, value in found.items()}
                 print(f"{kind} {name}: {found}")
     print(json.dumps(figures))

@@ -2,7 +2,8 @@
 
 Guaranteed: a view is one row at one instant, between two micro-batches, with the predictions that the heads of one
 parameter version make of it. Rows are found, and JSON is made of them, on threads of their own and in short pieces, so
-that a large question holds up neither the event loop nor a micro-batch for long.
+that a large question holds up neither the event loop nor a micro-batch for long. Small questions that come while
+others are answered are answered together, as most of what one costs does not grow with its clients.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ __all__ = ["ClientView", "Clients"]
 
 #: Rows that one lookup takes: a micro-batch of the same partition waits for it.
 _CHUNK = 128
+#: Clients of a question that is answered together with others.
+_SMALL = 16
 
 
 class ClientView(msgspec.Struct, frozen=True):
@@ -64,6 +67,9 @@ class Clients:
         self._longest = settings.limits.client_id_bytes
         self._wall_clock = wall_clock
         self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="query")
+        #: By partition: small questions that wait for the ones in hand, and who answers them.
+        self._waiting: dict[int, list[tuple[list[str], asyncio.Future[dict[str, bytes | None]]]]] = {}
+        self._answering: dict[int, asyncio.Task[None]] = {}
 
     def partition_of(self, client_id: str) -> int:
         """The partition that a client's events are in."""
@@ -84,6 +90,39 @@ class Clients:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def _read(self, number: int, ids: list[str]) -> dict[str, bytes | None]:
+        if number not in self._owned:
+            return {}
+        if len(ids) > _SMALL:
+            return await self._look_up(number, ids)
+        answer: asyncio.Future[dict[str, bytes | None]] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(number, []).append((ids, answer))
+        if number not in self._answering:
+            self._answering[number] = asyncio.create_task(self._answer(number))
+        return await answer
+
+    async def _answer(self, number: int) -> None:
+        """Answer what waits, until nothing does."""
+        together: list[tuple[list[str], asyncio.Future[dict[str, bytes | None]]]] = []
+        try:
+            while together := self._waiting.pop(number, []):
+                asked = list(dict.fromkeys(client_id for ids, _ in together for client_id in ids))
+                try:
+                    views = await self._look_up(number, asked)
+                except Exception as error:
+                    for _, answer in together:
+                        if not answer.done():
+                            answer.set_exception(error)
+                    continue
+                for ids, answer in together:
+                    if not answer.done():
+                        answer.set_result({client_id: views[client_id] for client_id in ids if client_id in views})
+        finally:
+            # Nobody may wait for ever where this is cancelled.
+            for _, answer in together + self._waiting.pop(number, []):
+                answer.cancel()
+            del self._answering[number]
+
+    async def _look_up(self, number: int, ids: list[str]) -> dict[str, bytes | None]:
         owned = self._owned.get(number)
         if owned is None:
             return {}

@@ -230,6 +230,54 @@ def test_predictions_are_of_the_row_as_it_is_and_an_average_event(all_in_one: st
     assert get(all_in_one, "client-3").json()["predictions"]["accepted"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_questions_that_come_together_are_each_answered() -> None:
+    # Given many questions at once: for clients with and without a row, one of them twice, one that is given up
+    clients = Clients(all_of_them(), SETTINGS)
+    asked = [*CLIENTS, "nobody", CLIENTS[0], *GONE]
+
+    async def ask() -> list[dict[str, bytes | None] | BaseException]:
+        questions = [asyncio.ensure_future(clients.read([client_id])) for client_id in asked]
+        given_up = asyncio.ensure_future(clients.read([CLIENTS[1]]))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        answers = await asyncio.gather(*questions, given_up, return_exceptions=True)
+        # And one after all of them
+        return [*answers, await clients.read([CLIENTS[0]])]
+
+    *answers, given_up, last = asyncio.run(ask())
+    clients.close()
+    # Then each gets its own client, and nothing else
+    for client_id, answer in zip([*asked, CLIENTS[0]], [*answers, last], strict=True):
+        assert isinstance(answer, dict)
+        assert list(answer) == [client_id]
+        if client_id in CLIENTS:
+            assert_is_state(json.loads(answer[client_id] or b""))
+        else:
+            assert answer[client_id] is None
+    assert isinstance(given_up, asyncio.CancelledError)
+
+
+def test_an_error_reaches_every_question_that_waited_and_no_later_one() -> None:
+    # Given rows that cannot be read, and questions at once
+    owned = all_of_them()
+    number = partition_of(b"client-3", 2)
+    right = owned[number]
+    clients = Clients(owned, SETTINGS)
+
+    async def ask() -> list[dict[str, bytes | None] | BaseException]:
+        owned[number] = SimpleNamespace(partition=None, served=SERVED)
+        questions = [asyncio.ensure_future(clients.read(["client-3"])) for _ in range(3)]
+        answers = await asyncio.gather(*questions, return_exceptions=True)
+        owned[number] = right
+        return [*answers, await clients.read(["client-3"])]
+
+    *failed, last = asyncio.run(ask())
+    clients.close()
+    assert [type(answer) for answer in failed] == [AttributeError] * 3
+    assert isinstance(last, dict)
+    assert_is_state(json.loads(last["client-3"] or b""))
+
+
 def test_many_clients_come_in_the_order_asked_for(all_in_one: str) -> None:
     # Given a question with unknown, expired and repeated clients in it
     asked = ["nobody", *reversed(CLIENTS), GONE[0], CLIENTS[0], "nobody"]

@@ -84,12 +84,16 @@ def _add_pretrain(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
     parser = subparsers.add_parser(
         "pretrain",
         help="train a trunk on past events",
-        description="Trains the trunk (encoder and recurrent cell) to foresee each client's next event.",
+        description="Trains the trunk (encoder and recurrent cell) to foresee each client's next event, and what "
+        "became of the predictions that were asked for.",
         epilog="example: livestate pretrain --settings shop.toml --events january.jsonl --out trunk.msgpack",
     )
     add_settings(parser)
     parser.add_argument(
         "--events", required=True, nargs="+", metavar="FILE", help="events in order, one JSON map a line"
+    )
+    parser.add_argument(
+        "--feedback", default=[], nargs="+", metavar="FILE", help="labels to train on as well, one JSON map a line"
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="parameter file to write")
     add_progress(parser)
@@ -140,14 +144,15 @@ def _run(service: TrainerService, arguments: argparse.Namespace) -> None:
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
-    from trainer.files import save_parameters
+    from trainer.files import read_feedback_file, save_parameters
     from trainer.pretrain import fit
 
     configure_logging()
     settings = settings_of(arguments)
 
     line = ProgressLine(arguments.progress)
-    result = fit(settings, _events(arguments.events), line.show)
+    feedback = (one for path in arguments.feedback for one in read_feedback_file(path, settings))
+    result = fit(settings, _events(arguments.events), line.show, feedback)
     save_parameters(arguments.out, result.parameters)
     line.end()
     if arguments.json:

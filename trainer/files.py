@@ -1,4 +1,4 @@
-"""Files that people hand to the trainer: parameter sets, and events for pretraining.
+"""Files that people hand to the trainer: parameter sets, and events and feedback for pretraining.
 
 A parameter file is a MessagePack map of tensors (name, dtype, shape, bytes); it is written beside the old one
 and renamed, so a reader sees one or the other. Nothing is ever unpickled.
@@ -13,11 +13,12 @@ from pathlib import Path
 
 import msgpack
 
-from stream.errors import DataError, ParametersError
+from stream.errors import DataError, ParametersError, RecordError
 from stream.model.parameters import ParameterSet, decode_tensor, encode_tensor
-from stream.wire import RecordBlock
+from stream.settings import Settings
+from stream.wire import FeedbackRecord, RecordBlock, decode_feedback
 
-__all__ = ["load_parameters", "read_event_file", "save_parameters"]
+__all__ = ["load_parameters", "read_event_file", "read_feedback_file", "save_parameters"]
 
 _FORMAT = "livestate-parameters-1"
 _BLOCK_RECORDS = 4096
@@ -99,6 +100,26 @@ def read_event_file(path: str | Path, first_offset: int = 0) -> Iterator[RecordB
         raise DataError(f"events cannot be read from {str(path)!r}: {error}") from error
 
 
+def read_feedback_file(path: str | Path, settings: Settings) -> Iterator[FeedbackRecord]:
+    """The feedback in a file of JSON lines, one label a line.
+
+    Raises
+    ------
+    DataError: the file cannot be read, or a line is no feedback that the settings describe.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    yield decode_feedback(_client_id(path, number, line), line.strip(), _JSON, settings)
+                except RecordError as error:
+                    raise DataError(f"{str(path)!r} line {number} is no feedback: {error}") from error
+    except OSError as error:
+        raise DataError(f"feedback cannot be read from {str(path)!r}: {error}") from error
+
+
 def _client_id(path: str | Path, number: int, line: bytes) -> bytes:
     try:
         client_id = json.loads(line)["client_id"]
@@ -107,7 +128,7 @@ def _client_id(path: str | Path, number: int, line: bytes) -> bytes:
         return client_id.encode()
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
-            f"{str(path)!r} line {number} is no event: {error!r}; expected a JSON map with a text client_id"
+            f"{str(path)!r} line {number} is no record: {error!r}; expected a JSON map with a text client_id"
         ) from error
 
 

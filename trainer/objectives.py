@@ -1,8 +1,10 @@
-"""What the trunk is pretrained for: the next event of each client, from the events before it.
+"""What the trunk is pretrained for: the next event of each client, from the events before it, and the labels of tasks.
 
 The loss of a position is the cross entropy of each target field of the client's next event, where that has
 it, plus the squared error of the logarithm of the time until it, in units of its standard deviation.
-`baseline` is the loss of the best constant answer, so that what was learned shows as the difference.
+`baseline` is the loss of the best constant answer, so that what was learned shows as the difference. The loss of a
+label is the cross entropy, or the squared error in units of the standard deviation, of what a linear readout of the
+state right after the event that asked says.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["NextEvent", "Targets", "baseline_loss"]
+__all__ = ["Answer", "Answers", "NextEvent", "Targets", "baseline_loss"]
 
 
 @dataclass(frozen=True)
@@ -84,3 +86,75 @@ def baseline_loss(targets: Targets) -> float:
     times = targets.log_time[targets.valid].double()
     total += float((times - times.mean()).square().sum()) if len(times) else 0.0
     return total / positions
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The labels of one task along sequences.
+
+    `target` (...) the index of the class (0 and 1 of a binary task), or of a regression, `classes` 0, the standardised
+    value; `weight` (...) of each, 0 where there is no label.
+    """
+
+    classes: int
+    target: torch.Tensor
+    weight: torch.Tensor
+
+    def take(self, index: torch.Tensor) -> Answer:
+        """Those of some sequences."""
+        return Answer(self.classes, self.target[index], self.weight[index])
+
+
+class Answers(nn.Module):
+    """Linear readouts of the hidden state, one for each task; used in pretraining only.
+
+    The loss of some sequences is divided by the weight of labels that so many have on average and not by their own:
+    else a label would count more in a client with few of them.
+
+    Parameters
+    ----------
+    answers: of all sequences to learn from.
+    """
+
+    def __init__(self, hidden: int, answers: list[Answer], generator: torch.Generator) -> None:
+        super().__init__()
+        self._usual = [float(one.weight.sum()) / max(1, len(one.weight)) for one in answers]
+        self.outputs = nn.ParameterList(
+            nn.Parameter(torch.randn(max(1, one.classes), hidden, generator=generator) * 0.02) for one in answers
+        )
+        self.biases = nn.ParameterList(nn.Parameter(_constant(one)) for one in answers)
+
+    def forward(self, states: torch.Tensor, answers: list[Answer]) -> torch.Tensor:
+        """Loss of these sequences (b, ...); states (b, ..., hidden)."""
+        said = [
+            functional.linear(states[one.weight > 0], output, bias)
+            for one, output, bias in zip(answers, self.outputs, self.biases, strict=True)
+        ]
+        return self._loss(said, answers)
+
+    def constant_loss(self, answers: list[Answer]) -> float:
+        """The same with the best constants, those of `answers` itself."""
+        return float(self._loss([_constant(one).expand(int((one.weight > 0).sum()), -1) for one in answers], answers))
+
+    def _loss(self, said: list[torch.Tensor], answers: list[Answer]) -> torch.Tensor:
+        loss = torch.zeros(())
+        for one, usual, heard in zip(answers, self._usual, said, strict=True):
+            known = one.weight > 0
+            each = _surprise(one, heard, one.target[known]) * one.weight[known]
+            loss = loss + each.sum() / max(usual * len(one.weight), 1e-6)
+        return loss
+
+
+def _surprise(answer: Answer, said: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    if answer.classes:
+        return functional.cross_entropy(said, target.long(), reduction="none")
+    return (said[:, 0] - target).square()
+
+
+def _constant(answer: Answer) -> torch.Tensor:
+    """The best constant answer."""
+    known = answer.weight > 0
+    if not answer.classes:
+        return torch.zeros(1)
+    counts = torch.bincount(answer.target[known].long(), answer.weight[known], minlength=answer.classes) + 0.5
+    return (counts / counts.sum()).log().float()

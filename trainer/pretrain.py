@@ -1,4 +1,4 @@
-"""Pretraining of the trunk: category tables and recurrent cell, from a stretch of past events.
+"""Pretraining of the trunk: category tables and recurrent cell, from past events and the labels known by then.
 
 The events go through the same encoder as in the worker, so what is trained is what is served. Guaranteed: the
 same events, settings and machine give the same trunk; category values below their field's `min_count` are
@@ -26,9 +26,10 @@ from stream.model.layout import Layout
 from stream.model.parameters import ParameterSet, Tensor
 from stream.model.values import ValueTable
 from stream.settings import Settings
-from stream.wire import EventDecoder, RecordBlock, Schema
+from stream.wire import EventDecoder, FeedbackRecord, RecordBlock, Schema
 from trainer.files import load_parameters, read_event_file, save_parameters
-from trainer.objectives import NextEvent, Targets, baseline_loss
+from trainer.labelled import History, placed_labels
+from trainer.objectives import Answer, Answers, NextEvent, Targets, baseline_loss
 from trainer.vocabulary import Survey
 
 __all__ = [
@@ -79,13 +80,20 @@ def random_trunk(settings: Settings, blocks: Iterable[RecordBlock]) -> Parameter
         return _Trunk(layout, survey, torch.Generator().manual_seed(settings.model.seed)).parameters_set()
 
 
-def fit(settings: Settings, blocks: Iterable[RecordBlock], progress: Progress | None = None) -> Fit:
+def fit(
+    settings: Settings,
+    blocks: Iterable[RecordBlock],
+    progress: Progress | None = None,
+    feedback: Iterable[FeedbackRecord] = (),
+) -> Fit:
     """Train a trunk.
 
     Parameters
     ----------
     blocks: events in stream order, offsets rising from block to block. What is no event is skipped.
     progress: called with the share done, 0 to 1, and a line of text.
+    feedback: labels to train on as well. What answers no event of the task is skipped; of two for the same prediction
+    the later one counts.
 
     Raises
     ------
@@ -101,10 +109,11 @@ def fit(settings: Settings, blocks: Iterable[RecordBlock], progress: Progress | 
     with _one_thread():
         generator = torch.Generator().manual_seed(settings.model.seed)
         trunk = _Trunk(layout, survey, generator)
-        history = _encode(layout, decoder, survey, kept)
-        windows = _windows(history, settings, np.random.default_rng(settings.model.seed))
+        history, slot = _encode(layout, decoder, survey, kept)
+        labels = placed_labels(layout, history, slot, feedback)
+        windows = _windows(history, settings, np.random.default_rng(settings.model.seed), bool(labels))
         tell(_ENCODING_SHARE, f"{len(windows.start):,} sequences of {survey.events:,} events encoded")
-        loss, baseline = _train(layout, settings, trunk, history, windows, generator, tell)
+        loss, baseline = _train(layout, settings, trunk, history, windows, labels, generator, tell)
     logger.info("pretrained: loss %.4f, constant %.4f, %d events", loss, baseline, survey.events)
     return Fit(trunk.parameters_set(), loss, baseline, survey.events, len(windows.start))
 
@@ -159,19 +168,6 @@ class _Trunk(nn.Module):
         return ParameterSet(tensors)
 
 
-@dataclass(frozen=True)
-class _History:
-    """All events, client by client, each client's in stream order.
-
-    `dense` (n, inputs), `codes` (n, fields), `timestamp_ms` (n,), `first` (clients + 1,) where each begins.
-    """
-
-    dense: torch.Tensor
-    codes: torch.Tensor
-    timestamp_ms: NDArray[np.int64]
-    first: NDArray[np.int64]
-
-
 class _Rows:
     """Rows of every client, for the encoder; only times are read back."""
 
@@ -182,7 +178,10 @@ class _Rows:
         self.applied_offset = np.full(clients, -1, np.int64)
 
 
-def _encode(layout: Layout, decoder: EventDecoder, survey: Survey, blocks: list[RecordBlock]) -> _History:
+def _encode(
+    layout: Layout, decoder: EventDecoder, survey: Survey, blocks: list[RecordBlock]
+) -> tuple[History, dict[bytes, int]]:
+    """All events, and the number of each client."""
     encoder = EventEncoder(layout, [ValueTable(values) for values in survey.values], survey.scale)
     slot: dict[bytes, int] = {}
     batches = []
@@ -193,7 +192,7 @@ def _encode(layout: Layout, decoder: EventDecoder, survey: Survey, blocks: list[
             slots[i] = slot.setdefault(block.key(i) or b"", len(slot))
         batches.append((columns, slots))
     rows = _Rows(max(1, len(slot)), layout.width)
-    dense, codes, owners, times = [], [], [], []
+    dense, codes, owners, times, kinds = [], [], [], [], []
     for columns, slots in batches:
         encoded = encoder.encode(columns, slots, rows)
         used = np.flatnonzero(encoded.position >= 0)
@@ -201,34 +200,38 @@ def _encode(layout: Layout, decoder: EventDecoder, survey: Survey, blocks: list[
         codes.append(encoded.codes[used])
         owners.append(slots[used])
         times.append(columns.timestamp_ms[used])
+        kinds.append(columns.modality[used].astype(np.int64))
     owner = np.concatenate([*owners, np.zeros(0, np.int64)])
     order = np.argsort(owner, kind="stable")
     counts = np.bincount(owner, minlength=len(slot))
-    return _History(
+    history = History(
         torch.from_numpy(np.concatenate(dense)[order]) if dense else torch.zeros((0, layout.dense_inputs)),
         torch.from_numpy(np.concatenate(codes)[order].astype(np.int64))
         if codes
         else torch.zeros((0, len(layout.embedded)), dtype=torch.int64),
         np.concatenate([*times, np.zeros(0, np.int64)])[order],
+        np.concatenate([*kinds, np.zeros(0, np.int64)])[order],
         np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
     )
+    return history, slot
 
 
 @dataclass(frozen=True)
 class _Windows:
-    """Sequences: `start` (k,) in the history and `length` (k,) of positions that have a next event."""
+    """Sequences: `start` (k,) in the history and `length` (k,) of positions."""
 
     start: NDArray[np.int64]
     length: NDArray[np.int64]
 
 
-def _windows(history: _History, settings: Settings, random: np.random.Generator) -> _Windows:
-    size = settings.pretrain.sequence
+def _windows(history: History, settings: Settings, random: np.random.Generator, to_the_last: bool) -> _Windows:
+    """Sequences of all events that have a next one, and, `to_the_last`, of those that have none."""
+    size, spare = settings.pretrain.sequence, int(not to_the_last)
     starts, lengths = [], []
     for begin, end in zip(history.first[:-1].tolist(), history.first[1:].tolist(), strict=True):
-        at = np.arange(begin, end - 1, size)
+        at = np.arange(begin, end - spare, size) if end - begin > 1 else np.zeros(0, np.int64)
         starts.append(at)
-        lengths.append(np.minimum(size, end - 1 - at))
+        lengths.append(np.minimum(size, end - spare - at))
     start = np.concatenate([*starts, np.zeros(0, np.int64)]).astype(np.int64)
     length = np.concatenate([*lengths, np.zeros(0, np.int64)]).astype(np.int64)
     if not len(start):
@@ -242,8 +245,10 @@ def _target_fields(layout: Layout) -> list[int]:
     return [names.index(target) for target in layout.settings.pretrain.targets]
 
 
-def _targets(layout: Layout, history: _History, windows: _Windows, position: torch.Tensor) -> Targets:
-    valid = torch.arange(position.shape[1])[None, :] < torch.from_numpy(windows.length)[:, None]
+def _targets(layout: Layout, history: History, position: torch.Tensor, there: torch.Tensor) -> Targets:
+    is_last = torch.zeros(len(history.timestamp_ms), dtype=torch.bool)
+    is_last[history.first[1:][np.diff(history.first) > 0] - 1] = True
+    valid = there & ~is_last[position]
     following = (position + 1).clamp(max=len(history.timestamp_ms) - 1)
     times = torch.from_numpy(history.timestamp_ms)
     elapsed_s = (times[following] - times[position]).clamp(min=0).double() / 1000.0
@@ -257,8 +262,9 @@ def _train(
     layout: Layout,
     settings: Settings,
     trunk: _Trunk,
-    history: _History,
+    history: History,
     windows: _Windows,
+    labels: list[Answer],
     generator: torch.Generator,
     tell: Progress,
 ) -> tuple[float, float]:
@@ -266,13 +272,22 @@ def _train(
     span = int(windows.length.max())
     last = len(history.timestamp_ms) - 1
     position = (torch.from_numpy(windows.start)[:, None] + torch.arange(span)[None, :]).clamp(max=last)
-    targets = _targets(layout, history, windows, position)
+    there = torch.arange(span)[None, :] < torch.from_numpy(windows.length)[:, None]
+    targets = _targets(layout, history, position, there)
+    answers = [Answer(one.classes, one.target[position], one.weight[position] * there) for one in labels]
     held_out = torch.arange(max(1, int(len(position) * _HELD_OUT)))
     learned = torch.arange(len(held_out) if len(position) > 1 else 0, len(position))
     classes = [len(trunk.tables[field]) for field in _target_fields(layout)]
-    objective = NextEvent(layout.hidden, classes, generator)
-    objective.start_from(targets.take(learned))
-    weights = [*trunk.parameters_by_name().values(), *objective.parameters()]
+    next_event = NextEvent(layout.hidden, classes, generator)
+    next_event.start_from(targets.take(learned))
+    answered = Answers(layout.hidden, [one.take(learned) for one in answers], generator)
+
+    def objective(states: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+        of_events: torch.Tensor = next_event(states, targets.take(which))
+        of_labels: torch.Tensor = answered(states, [one.take(which) for one in answers])
+        return settings.pretrain.event_weight * of_events + settings.pretrain.label_weight * of_labels
+
+    weights = [*trunk.parameters_by_name().values(), *next_event.parameters(), *answered.parameters()]
     batch = settings.pretrain.batch_clients
     steps = settings.pretrain.epochs * -(-len(learned) // batch)
     optimiser = torch.optim.AdamW(weights, lr=settings.pretrain.learning_rate, weight_decay=_WEIGHT_DECAY)
@@ -287,9 +302,9 @@ def _train(
             codes = history.codes[at]
             hide = (torch.rand(codes.shape, generator=generator) < _RARE_SHARE) & (codes > 0)
             states = trunk(history.dense[at], codes.masked_fill(hide, 0))
-            loss = objective(states, targets.take(chosen))
+            loss = objective(states, chosen)
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(weights, _CLIP_NORM)
             optimiser.step()
             schedule.step()
@@ -299,8 +314,11 @@ def _train(
     with torch.no_grad():
         at = position[held_out]
         states = trunk(history.dense[at], history.codes[at])
-        loss = objective(states, targets.take(held_out))
-    return float(loss), baseline_loss(targets.take(held_out))
+        loss = objective(states, held_out)
+    constant = settings.pretrain.event_weight * baseline_loss(targets.take(held_out))
+    return float(loss), constant + settings.pretrain.label_weight * answered.constant_loss(
+        [one.take(held_out) for one in answers]
+    )
 
 
 @contextmanager

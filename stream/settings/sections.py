@@ -423,7 +423,7 @@ class Trainer(_Section, frozen=True):
 
 
 class Pretrain(_Section, frozen=True):
-    """How the trunk is pretrained: next event, from the events before it."""
+    """How the trunk is pretrained: on the next event, from the events before it, and on labels where there are any."""
 
     #: Passes over the sequences.
     epochs: Count = 1
@@ -437,6 +437,10 @@ class Pretrain(_Section, frozen=True):
     max_sequences: Count = 6000
     #: Category fields predicted for the next event, besides the time until it: `modality.field`.
     targets: list[str] = []
+    #: What the loss of the next event weighs.
+    event_weight: Annotated[float, Meta(ge=0, le=1000)] = 1.0
+    #: What the loss of the labels weighs that `livestate pretrain --feedback` gives.
+    label_weight: Annotated[float, Meta(ge=0, le=1000)] = 1.0
 
 
 class Settings(_Section, frozen=True):

@@ -55,7 +55,10 @@ def test_pretrain_tells_its_progress_and_result_when_asked(tmp_path: Path, capsy
     fields = {"amount": 1.5, "department": "A"}
     lines = [encode_event_json(f"c{i % 9}", START_MS + i, "purchase", fields) for i in range(200)]
     (tmp_path / "events.jsonl").write_bytes(b"\n".join(lines))
+    fields = {"timestamp_ms": START_MS + 300, "as_of_ms": START_MS + 199, "task": "redeemed", "label": True}
+    (tmp_path / "feedback.jsonl").write_text(json.dumps({"client_id": "c1", **fields}))
     trunk, files = tmp_path / "trunk.msgpack", ["--events", str(tmp_path / "events.jsonl")]
+    files += ["--feedback", str(tmp_path / "feedback.jsonl")]
     # When they are pretrained on, with progress and JSON asked for
     settings = ["--settings", str(tmp_path / "shop.toml")]
     assert main(["pretrain", *settings, "--out", str(trunk), *files, "--progress", "--json"]) == 0

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -14,9 +15,10 @@ from stream.errors import DataError
 from stream.model.engine import Engine
 from stream.model.layout import Layout
 from stream.model.parameters import ParameterSet
-from stream.settings import Settings
-from stream.wire import EventDecoder, RecordBlock, Schema, encode_event_json
+from stream.settings import Settings, parse
+from stream.wire import EventDecoder, FeedbackRecord, RecordBlock, Schema, encode_event_json
 from trainer.checkpoint import Database
+from trainer.files import read_feedback_file
 from trainer.objectives import Targets, baseline_loss
 from trainer.pretrain import fit, load_parameters, pretrain, random_trunk, read_event_file, save_parameters
 from trainer.replica import Replica
@@ -63,6 +65,63 @@ def test_the_same_events_give_the_same_trunk() -> None:
     second = pretrain(few, [block(events[:33]), block(events[33:], first=33)])
     assert first.trunk_id == second.trunk_id
     assert pretrain(pretraining(PRETRAIN__EPOCHS="2", MODEL__SEED="9"), [block(events)]).trunk_id != first.trunk_id
+
+
+def asked(clients: int = 160, days: int = 4) -> tuple[list[tuple[str, bytes]], list[FeedbackRecord]]:
+    """Clients who answer as their first purchase of four says; the others are drawn at random."""
+    random = np.random.default_rng(3)
+    events, feedback = [], []
+    for c in range(clients):
+        client, first = f"c{c}", "AB"[c % 2]
+        for day in range(days):
+            at = START_MS + day * shop.DAY_MS + c
+            events.append((client, purchase(client, at, 1.0, first if day == 0 else "AB"[int(random.integers(2))])))
+        events.append((client, send(client, at + 1000)))
+        feedback.append(FeedbackRecord(client, at + shop.DAY_MS, at + 1000, "redeemed", first == "A"))
+    events.sort(key=lambda one: msgspec.msgpack.decode(one[1])["timestamp_ms"])
+    return events, feedback
+
+
+def test_labels_alone_teach_the_trunk_what_decides_them() -> None:
+    # Given answers that an early event decides, which says nothing of the next one
+    events, feedback = asked()
+    alone = pretraining(PRETRAIN__EVENT_WEIGHT="0")
+    result = fit(alone, [block(events)], feedback=feedback)
+    # Then a constant is as good as a fair coin, and the trunk is far better
+    assert result.baseline == pytest.approx(math.log(2), abs=0.1)
+    assert result.loss < 0.3 * result.baseline
+    # And both losses are there together
+    both = fit(pretraining(PRETRAIN__EPOCHS="1"), [block(events)], feedback=feedback)
+    without = fit(pretraining(PRETRAIN__EPOCHS="1"), [block(events)])
+    assert both.baseline == pytest.approx(without.baseline + math.log(2), abs=0.3)
+
+
+def test_feedback_that_answers_nothing_is_left_out() -> None:
+    # Given an answer of a client, a time, a modality and a task that are not there
+    events, _ = asked(clients=12)
+    few = pretraining(PRETRAIN__EPOCHS="1")
+    client, value = events[0]
+    at = msgspec.msgpack.decode(value)["timestamp_ms"]
+    others = [("nobody", at, "redeemed"), (client, at + 1, "redeemed"), (client, at, "redeemed"), (client, at, "other")]
+    feedback = [FeedbackRecord(who, at + 9, when, task, True) for who, when, task in others]
+    # Then the trunk is the one without them
+    assert pretrain(few, [block(events)]).trunk_id == fit(few, [block(events)], feedback=feedback).parameters.trunk_id
+
+
+def test_of_two_answers_the_later_one_counts_and_a_number_is_learned_on_its_own_scale() -> None:
+    # Given a task whose label is a number in the thousands, first told wrong
+    events, feedback = asked()
+    number = parse(
+        shop.TOML.replace('on = "send"', 'on = "send"\nkind = "regression"'),
+        {"LIVESTATE_PRETRAIN__EPOCHS": "40", "LIVESTATE_PRETRAIN__LEARNING_RATE": "0.02",
+         "LIVESTATE_PRETRAIN__BATCH_CLIENTS": "32", "LIVESTATE_PRETRAIN__EVENT_WEIGHT": "0"},
+    )  # fmt: skip
+    right = [one._replace(label=5000.0 + 1000.0 * one.label) for one in feedback]
+    wrong = [one._replace(label=0.0) for one in feedback]
+    result = fit(number, [block(events)], feedback=[*wrong, *right])
+    # Then its loss is in units of its variance
+    assert result.baseline == pytest.approx(1.0, abs=0.1)
+    assert result.loss < 0.3
 
 
 def values(parameters: ParameterSet, field: str) -> list[bytes]:
@@ -206,3 +265,18 @@ def test_a_line_that_is_no_event_is_named(tmp_path: Path, line: str) -> None:
         list(read_event_file(path))
     with pytest.raises(DataError, match="cannot be read"):
         list(read_event_file(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize(
+    "line", ["[]", '{"client_id": "ann"}', '{"client_id": "ann", "timestamp_ms": 2, "as_of_ms": 3, "task": "x"}']
+)
+def test_a_line_that_is_no_feedback_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "feedback.jsonl"
+    good = {"client_id": "ann", "timestamp_ms": 3, "as_of_ms": 2, "task": "redeemed", "label": True}
+    path.write_text(json.dumps(good) + "\n\n" + line + "\n")
+    found = read_feedback_file(path, shop.settings())
+    assert next(found) == FeedbackRecord("ann", 3, 2, "redeemed", True)
+    with pytest.raises(DataError, match="line 3"):
+        next(found)
+    with pytest.raises(DataError, match="cannot be read"):
+        next(read_feedback_file(tmp_path / "missing", shop.settings()))

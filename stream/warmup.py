@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from stream.model.engine import Triggers
 from stream.partition import Partition, Served
 from stream.store import EmbeddingStore, StoreOptions
 from stream.transport import FetchedBlock
@@ -60,6 +61,7 @@ def warm_up(
             for published, embeddings in partition.apply(FetchedBlock(0, 0, block), served).embeddings:
                 batch.add(published, embeddings, 0, _AT_MS)
             batch.seal("none", -1, -1, -1)
+            _ask(decoder, block, served)
             frozen = store.checkpoint()
             rows = [row for keys_and_rows in frozen.slices(256) for row in zip(*keys_and_rows, strict=True)]
             frozen.commit({})
@@ -68,6 +70,16 @@ def warm_up(
         with EmbeddingStore.open(Path(scratch) / "restored", options) as store:
             store.restore([key for key, _ in rows], [row for _, row in rows], {})
     return time.perf_counter() - started
+
+
+def _ask(decoder: EventDecoder, block: RecordBlock, served: Served) -> None:
+    """Make the inputs of every task's head, also of those that nobody has learned yet."""
+    columns, layout = decoder.decode(block), served.engine.layout
+    rows = np.zeros((columns.n, layout.width), np.float32)
+    hidden, memory = rows[:, : layout.hidden].copy(), rows[:, layout.hidden :].copy()
+    triggers = Triggers(np.arange(columns.n), np.ones(columns.n, np.int64), hidden, memory)
+    for question in served.questions.tasks:
+        question.ask(columns, triggers)
 
 
 def _value(field: FieldSchema) -> str | float | list[str]:

@@ -18,12 +18,13 @@ from numba.core.registry import CPUDispatcher
 from stream.model.engine import Engine
 from stream.model.heads import Questions
 from stream.model.layout import Layout
+from stream.cli import EXAMPLE
 from stream.partition import Partition, Served
 from stream.store import EmbeddingStore, StoreOptions
 from stream.transport import FetchedBlock
 from stream.warmup import warm_up
 from stream.wire import EmbeddingEncoder, EventDecoder, RecordBlock, Schema, encode_event
-from tests.support.settings import small_settings
+from stream.settings import load
 from tests.support.trunk import random_head, random_trunk
 
 def compiled():
@@ -34,26 +35,29 @@ def compiled():
                 found[f"{value.py_func.__module__}.{value.py_func.__name__}"] = len(value.signatures)
     return found
 
-settings = small_settings()
+settings = load(EXAMPLE, {})
 schema = Schema.compile(settings)
 layout = Layout.compile(settings, schema)
 questions = Questions(layout)
-parameters = random_trunk(layout).updated(random_head("accepted", questions.tasks[0].width), 7)
+parameters = random_trunk(layout).updated(random_head("redeemed", questions.tasks[0].width), 7)
+without_heads = Served(Engine(layout, parameters), questions, {}, 7)
 served = Served(Engine(layout, parameters), questions, questions.heads(parameters), 7)
 decoder = EventDecoder(schema, settings.limits, "msgpack")
-encoder = EmbeddingEncoder(layout.hidden, ["accepted"])
+encoder = EmbeddingEncoder(layout.hidden, ["redeemed"])
 options = StoreOptions(width=layout.width, memory_rows=1000)
 directory = Path(sys.argv[1])
-warm_up(schema, decoder, encoder, served, options, directory)
+warm_up(schema, decoder, encoder, without_heads, options, directory)
 left = [str(path) for path in directory.iterdir()]
 before = compiled()
 with EmbeddingStore.open(directory / "store", options) as store:
     partition = Partition(0, store, 0, decoder, encoder)
     keys = [str(i % 20).encode() for i in range(100)]
-    fields = ({"amount": 3.0, "merchant": "fuel"}, {"product": "loan"})
-    values = [
-        encode_event(key.decode(), 10**12 + i, ("pay", "offer")[i % 2], fields[i % 2]) for i, key in enumerate(keys)
-    ]
+    numbers = ("quantity", "sales_value", "retail_disc", "coupon_disc", "coupon_match_disc")
+    bought = {"product_id": "a", "store_id": "b", "product_category": "c", "department": "DELI"}
+    sent = {"campaign_id": "a", "campaign_type": "Type A", "duration_days": 30, "coupons": 2}
+    sent["categories"] = [["c"], ["d"]]
+    kinds = (("purchase", bought | dict.fromkeys(numbers, 1.0)), ("campaign_send", sent))
+    values = [encode_event(key.decode(), 10**12 + i, *kinds[i % 2]) for i, key in enumerate(keys)]
     block = RecordBlock.from_lists(keys, values, np.arange(100), np.full(100, 10**13))
     applied = partition.apply(FetchedBlock(0, 0, block), served)
     store.flush()
@@ -62,9 +66,9 @@ print(json.dumps({"left": left, "before": before, "after": compiled(), "events":
 
 
 def test_what_a_block_needs_is_compiled_beforehand(tmp_path: Path) -> None:
-    # Given a fresh process, whose kernels are not loaded
+    # Given a fresh process, whose kernels are not loaded, and a task whose head nobody has learned yet
     program = [sys.executable, "-c", _PROGRAM, str(tmp_path)]
-    # When it warms up and then applies a block and writes a checkpoint
+    # When it warms up, and then applies a block with a head and writes a checkpoint
     run = subprocess.run(
         program, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240
     )

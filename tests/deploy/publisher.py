@@ -14,7 +14,7 @@ from stream.partitioner import partition_of
 from stream.settings import Settings
 from stream.wire import FeedbackRecord, encode_event, encode_feedback
 
-__all__ = ["CLIENTS", "Publisher"]
+__all__ = ["Publisher"]
 
 CLIENTS = 2_000
 
@@ -29,6 +29,8 @@ class Publisher:
         self._now_ms = 1_500_000_000_000
         self.ends = dict.fromkeys(range(settings.topics.partitions), 0)
         self.refused = 0
+        #: Clients with an event that can be used.
+        self.clients: set[bytes] = set()
 
     def publish(self, events: int) -> None:
         """Publish so many events, one in a thousand of them unusable; feedback for each campaign sent."""
@@ -58,6 +60,8 @@ class Publisher:
                     "department": str(rng.choice(departments)), "quantity": 1, "sales_value": 2.5,
                 }  # fmt: skip
                 value = encode_event(client, self._now_ms, "purchase", fields | prices)
+            if not value.startswith(b"\x00"):
+                self.clients.add(client.encode())
             self._send(topics.events, client, value)
             self.ends[partition_of(client.encode(), topics.partitions)] += 1
         assert self._producer.flush(120) == 0

@@ -165,9 +165,12 @@ class Partition:
         *,
         expire: bool,
     ) -> None:
-        slots = np.full(columns.n, -1, np.int64)
-        with self.store.update(columns.keys.take(accepted)) as found:
-            slots[accepted] = found
+        is_whole = len(accepted) == columns.n
+        with self.store.update(columns.keys if is_whole else columns.keys.take(accepted)) as found:
+            slots = found
+            if not is_whole:
+                slots = np.full(columns.n, -1, np.int64)
+                slots[accepted] = found
             for part in self._parts(columns, slots, accepted) if expire else (slots,):
                 self._prolong(columns, part)
                 advanced = served.engine.advance(columns, part, self.store)
@@ -250,20 +253,22 @@ class Partition:
         store, triggers = self.store, advanced.triggers
         predictions = served.questions.predict(served.heads, columns, triggers)
         final_slots, final_event = advanced.slots, advanced.last_event
-        given = np.flatnonzero(slots >= 0)
-        if advanced.events < len(given):
+        if advanced.events < np.count_nonzero(slots >= 0):
+            given = np.flatnonzero(slots >= 0)
             # Clients whose events were all replayed are published again, as they are.
             slot, first = np.unique(slots[given], return_index=True)
             again = ~np.isin(slot, advanced.slots) & (store.events_seen[slot] > 0)
             final_slots = np.concatenate([final_slots, slot[again]])
             final_event = np.concatenate([final_event, given[first[again]]])
         # A prediction at a client's last event of the batch goes out with its final embedding.
-        final_row = np.full(columns.n, -1, np.int64)
-        final_row[advanced.last_event] = np.arange(len(advanced.last_event))
-        row = final_row[triggers.event]
         final_predictions = np.full((len(final_slots), predictions.shape[1]), np.nan, np.float32)
-        final_predictions[row[row >= 0]] = predictions[row >= 0]
-        passing = np.flatnonzero(row < 0)
+        passing = triggers.event[:0]
+        if len(triggers.event):
+            final_row = np.full(columns.n, -1, np.int64)
+            final_row[advanced.last_event] = np.arange(len(advanced.last_event))
+            row = final_row[triggers.event]
+            final_predictions[row[row >= 0]] = predictions[row >= 0]
+            passing = np.flatnonzero(row < 0)
         passed = triggers.event[passing]
         layout = served.engine.layout
         hidden = _joined(triggers.hidden[passing], store.vectors[final_slots, : layout.hidden])

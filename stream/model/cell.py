@@ -52,6 +52,7 @@ class Cell:
         self._panels, self._bias = pack_weights(tensors["weight_hh"], tensors["bias_hh"])
         scratch = (_CHUNK_ROWS, padded_columns(3 * hidden))
         self._from_input, self._from_state = aligned_zeros(scratch), aligned_zeros(scratch)
+        self._state = np.empty((_CHUNK_ROWS, hidden), np.float32)
         self._powers = np.empty(3 * hidden, np.float32)
         self._parts = np.empty(2 * hidden, np.float32)
 
@@ -59,7 +60,8 @@ class Cell:
         self,
         inputs: NDArray[np.float32],
         starts: NDArray[np.int64],
-        first: NDArray[np.float32],
+        rows: NDArray[np.float32],
+        slots: NDArray[np.int64],
         out: NDArray[np.float32],
     ) -> None:
         """Step through waves; all arrays in C order.
@@ -68,12 +70,14 @@ class Cell:
         ----------
         inputs: (events, D) encoded events in wave order.
         starts: (waves + 1,) first row of each wave; a wave has at most as many rows as the one before.
-        first: (clients, H) states before the first wave, in the order of its rows.
+        rows, slots: (any, H or more) and (clients,): the states before the first wave are the first H columns of
+            rows[slots], in the order of the wave's rows.
         out: (events, H) receives the state after each event.
         """
         _run_waves(
-            inputs, starts, first, self._input_panels, self._input_bias, self._panels, self._bias,
-            self._from_input, self._from_state, self._powers, self._powers.view(np.int32), self._parts, out,
+            inputs, starts, rows, slots, self._input_panels, self._input_bias, self._panels, self._bias,
+            self._from_input, self._from_state, self._state, self._powers, self._powers.view(np.int32), self._parts,
+            out,
         )  # fmt: skip
 
     def self_check(self, generator: np.random.Generator) -> None:
@@ -95,14 +99,15 @@ class Cell:
 
     def _one_wave(self, inputs: NDArray[np.float32], state: NDArray[np.float32]) -> NDArray[np.float32]:
         out = np.empty((len(inputs), self.hidden), np.float32)
-        self.run(inputs, np.array([0, len(inputs)]), state, out)
+        self.run(inputs, np.array([0, len(inputs)]), state, np.arange(len(inputs)), out)
         return out
 
 
 @njit(cache=True, nogil=True)
 def _run_waves(  # type: ignore[no-untyped-def]
-    inputs, starts, first, input_panels, input_bias, panels, bias, from_input, from_state, powers, bits, parts, out
-):
+    inputs, starts, rows, slots, input_panels, input_bias, panels, bias,
+    from_input, from_state, state, powers, bits, parts, out,
+):  # fmt: skip
     """Pieces of a wave, as large as the scratch arrays, whose input products are those of a chunk of all events."""
     events, width = out.shape
     most = from_input.shape[0]
@@ -113,14 +118,17 @@ def _run_waves(  # type: ignore[no-untyped-def]
         chunk = at - at % most
         if at == chunk:
             multiply_add(inputs, at, min(most, events - at), input_panels, input_bias, from_input)
-        rows = min(starts[wave + 1], chunk + most) - at
+        count = min(starts[wave + 1], chunk + most) - at
         # A wave's clients are the first ones of the wave before.
         if wave == 0:
-            before, row = first, at
+            before, row = state, 0
+            for i in range(count):
+                for k in range(width):
+                    state[i, k] = rows[slots[at + i], k]
         else:
             before, row = out, starts[wave - 1] + at - starts[wave]
-        multiply_add(before, row, rows, panels, bias, from_state)
+        multiply_add(before, row, count, panels, bias, from_state)
         advance_states(
-            from_input[at - chunk :], from_state, before[row:], width, powers, bits, parts, out[at : at + rows]
+            from_input[at - chunk :], from_state, before[row:], width, powers, bits, parts, out[at : at + count]
         )
-        at += rows
+        at += count

@@ -133,24 +133,20 @@ class Engine:
         """
         layout = self.layout
         encoded = self._encoder.encode(columns, slots, rows)
-        clients, events = len(encoded.slots), encoded.events
+        events = encoded.events
         if events == 0:
             nothing = np.empty(0, np.int64)
             empty = Triggers(nothing, nothing, np.empty((0, layout.hidden), np.float32), encoded.trigger_memory)
             return Advanced(nothing, nothing, 0, 0, empty)
         inputs = np.empty((events, layout.inputs), np.float32)
+        event_at = np.empty(events, np.int64)
         kernels.assemble(
             encoded.position, encoded.dense, encoded.codes, self._tables,
-            self._table_start, self._table_width, self._table_column, inputs,
+            self._table_start, self._table_width, self._table_column, inputs, event_at,
         )  # fmt: skip
-        first = np.empty((clients, layout.hidden), np.float32)
-        kernels.copy_rows(rows.vectors, encoded.slots, layout.hidden, first)
         states = np.empty((events, layout.hidden), np.float32)
-        self.cell.run(inputs, encoded.starts, first, states)
+        self.cell.run(inputs, encoded.starts, rows.vectors, encoded.slots, states)
         kernels.scatter_hidden(states, encoded.last, encoded.slots, layout.hidden, rows.vectors)
-        event_at = np.empty(events, np.int64)
-        planned = np.flatnonzero(encoded.position >= 0)
-        event_at[encoded.position[planned]] = planned
         hidden = states[encoded.position[encoded.trigger_event]]
         return Advanced(
             slots=encoded.slots,
@@ -175,6 +171,7 @@ class EventEncoder:
         self._is_trigger = np.zeros(len(layout.schema.modalities), np.bool_)
         for m in layout.schema.modalities:
             self._is_trigger[m.index] = any(task.on == m.name for task in layout.settings.tasks.values())
+        self._any_trigger = bool(self._is_trigger.any())
         self._counts = np.zeros(0, np.int32)
         self._rank = np.zeros(0, np.int64)
 
@@ -199,17 +196,12 @@ class EventEncoder:
         )
         declared = np.full((n, max(1, layout.schema.max_categories)), -1, np.int32)
         for (modality, column), table in self._declared.items():
-            out = np.full(n, -1, np.int32)
-            self._lookup(table, columns, modality, column, -1, out)
-            chosen = columns.modality == modality
-            declared[chosen, column] = out[chosen]
+            self._lookup(table, columns, modality, column, -1, 0, declared, column)
         codes = np.full((n, len(layout.embedded)), -1, np.int32)
         for number, (f, table) in enumerate(zip(layout.embedded, self._values, strict=True)):
-            out = np.full(n, -2, np.int32)
-            self._lookup(table, columns, f.modality, f.column, len(table), out)
             # Row 0 is the field's `rare` row; values follow it.
-            codes[:, number] = np.where(out == -2, -1, np.where(out == len(table), 0, np.where(out < 0, -1, out + 1)))
-        triggers = int(self._is_trigger[columns.modality[position >= 0]].sum())
+            self._lookup(table, columns, f.modality, f.column, 0, 1, codes, number)
+        triggers = int(self._is_trigger[columns.modality[position >= 0]].sum()) if self._any_trigger else 0
         trigger_event = np.empty(triggers, np.int64)
         trigger_seen = np.empty(triggers, np.int64)
         trigger_memory = np.empty((triggers, layout.memory), np.float32)
@@ -243,11 +235,13 @@ class EventEncoder:
         modality: int,
         column: int,
         missing: int,
+        base: int,
         out: NDArray[np.int32],
+        out_column: int,
     ) -> None:
         table.lookup(
             columns.modality, modality, column, columns.text, columns.category_start,
-            columns.category_length, columns.category_hash, missing, out,
+            columns.category_length, columns.category_hash, missing, base, out, out_column,
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numba import njit
 
-__all__ = ["advance", "assemble", "copy_rows", "expiry_parts", "plan", "ring_code", "scatter_hidden", "tally_bins"]
+__all__ = ["advance", "assemble", "expiry_parts", "plan", "ring_code", "scatter_hidden", "tally_bins"]
 
 _TIME_BASE = 16777216.0  # 2**24: the largest power below which float32 holds every integer
 _LARGEST = 1e15  # a sum of amounts beyond this could overflow float32 and poison its row
@@ -283,13 +283,19 @@ def advance(  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def assemble(position, dense, codes, tables, table_start, table_width, table_column, out):  # type: ignore[no-untyped-def]
-    """Encoded events: dense inputs, then the embedding of each category field (zeros where it is absent)."""
+def assemble(  # type: ignore[no-untyped-def]
+    position, dense, codes, tables, table_start, table_width, table_column, out, event_at
+):
+    """Encoded events: dense inputs, then the embedding of each category field (zeros where it is absent).
+
+    `event_at` receives the number in the batch of the event at each position.
+    """
     width = dense.shape[1]
     for i in range(position.shape[0]):
         at = position[i]
         if at < 0:
             continue
+        event_at[at] = i
         for k in range(width):
             out[at, k] = dense[at, k]
         for f in range(codes.shape[1]):
@@ -302,15 +308,6 @@ def assemble(position, dense, codes, tables, table_start, table_width, table_col
                 begin = table_start[f] + np.int64(code) * table_width[f]
                 for k in range(table_width[f]):
                     out[at, column + k] = tables[begin + k]
-
-
-@njit(cache=True, nogil=True)
-def copy_rows(source, rows, columns, out):  # type: ignore[no-untyped-def]
-    """out[i, :columns] = source[rows[i], :columns]."""
-    for i in range(rows.shape[0]):
-        row = rows[i]
-        for k in range(columns):
-            out[i, k] = source[row, k]
 
 
 @njit(cache=True, nogil=True)

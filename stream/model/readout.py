@@ -141,12 +141,12 @@ class CategoryCodes:
 
     def of(self, columns: EventColumns) -> NDArray[np.int32]:
         """(n,) index of each event's value; -1 for other values, absent fields and other modalities."""
-        code = np.full(len(columns.modality), -1, np.int32)
+        code = np.full((len(columns.modality), 1), -1, np.int32)
         self._table.lookup(
             columns.modality, self._modality, self._column, columns.text, columns.category_start,
-            columns.category_length, columns.category_hash, -1, code,
+            columns.category_length, columns.category_hash, -1, 0, code, 0,
         )  # fmt: skip
-        return code
+        return code[:, 0]
 
 
 class TaskInputs:

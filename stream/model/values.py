@@ -31,7 +31,9 @@ def _lookup(  # type: ignore[no-untyped-def]
     value_bytes,
     value_offsets,
     missing,
+    base,
     out,
+    out_column,
 ):
     mask = table.shape[0] - 1
     for i in range(modality.shape[0]):
@@ -39,9 +41,9 @@ def _lookup(  # type: ignore[no-untyped-def]
             continue
         length = lengths[i, column]
         if length < 0:
-            out[i] = -1
+            out[i, out_column] = -1
             continue
-        out[i] = missing
+        out[i, out_column] = missing
         hashed = hashes[i, column]
         at = np.int64(hashed & np.uint64(mask))
         while table[at] >= 0:
@@ -56,7 +58,7 @@ def _lookup(  # type: ignore[no-untyped-def]
                             same = False
                             break
                     if same:
-                        out[i] = value
+                        out[i, out_column] = value + base
                         break
             at = (at + 1) & mask
 
@@ -99,13 +101,16 @@ class ValueTable:
         lengths: NDArray[np.int32],
         hashes: NDArray[np.uint64],
         missing: int,
+        base: int,
         out: NDArray[np.int32],
+        out_column: int,
     ) -> None:
-        """Write the number of each event's value into `out` (n,), for events of modality `wanted` only.
+        """Write the number of each event's value, and `base` more, into a column of `out` (n, columns).
 
-        `missing` stands for a value that is not in the table, -1 for an absent field.
+        For events of modality `wanted` only. `missing` stands for a value that is not in the table, -1 for an absent
+        field.
         """
         _lookup(
             modality, wanted, column, text, starts, lengths, hashes,
-            self._table, self._hash, self._bytes, self._offsets, missing, out,
+            self._table, self._hash, self._bytes, self._offsets, missing, base, out, out_column,
         )  # fmt: skip

@@ -64,12 +64,14 @@ class PackedKeys:
     @classmethod
     def concatenate(cls, parts: Sequence[PackedKeys]) -> PackedKeys:
         """The keys of all parts, in order."""
+        if len(parts) == 1:
+            return parts[0]
         buffers = [part.buffer[part.offsets[0] : part.offsets[-1]] for part in parts]
         lengths = [np.diff(part.offsets) for part in parts]
         offsets = np.zeros(sum(len(part) for part in parts) + 1, np.int64)
         if parts:
             np.cumsum(np.concatenate(lengths), out=offsets[1:])
-        return cls(np.concatenate([*buffers, np.empty(0, np.uint8)]), offsets)
+        return cls.checked(np.concatenate([*buffers, np.empty(0, np.uint8)]), offsets)
 
     def __len__(self) -> int:
         return int(self.offsets.shape[0]) - 1
@@ -95,7 +97,14 @@ class PackedKeys:
         np.cumsum(lengths, out=offsets[1:])
         positions = np.arange(int(offsets[-1]), dtype=np.int64)
         positions += np.repeat(starts - offsets[:-1], lengths)
-        return PackedKeys(self.buffer[positions], offsets)
+        return self.checked(self.buffer[positions], offsets)
+
+    @classmethod
+    def checked(cls, buffer: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]) -> PackedKeys:
+        """Keys that are known to be keys: nothing is looked at."""
+        keys = cls.__new__(cls)
+        keys.buffer, keys.offsets = buffer, offsets
+        return keys
 
     def to_list(self) -> list[bytes]:
         """The keys as bytes objects."""

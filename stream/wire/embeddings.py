@@ -161,7 +161,7 @@ def _integers(name: str, column: ArrayLike, n: int) -> NDArray[Any]:
     array = np.asarray(column, dtype=np.int64)
     if array.shape != (n,) and not (name == "parameter_version" and array.shape == ()):
         raise ValueError(f"{name} has shape {array.shape}: expected {(n,)}")
-    return _fixed(np.broadcast_to(array, (n,)), np.int64)
+    return _fixed(array if array.shape else np.full(n, array), np.int64)
 
 
 def decode_embedding(value: bytes) -> Embedding:

@@ -211,7 +211,7 @@ class EventDecoder:
         return EventColumns(
             n=n,
             accepted=accepted,
-            keys=_packed_keys(block),
+            keys=_packed_keys(block) if len(rest) else _checked_keys(block),
             offsets=block.offsets,
             timestamp_ms=timestamp_ms,
             modality=modality,
@@ -242,7 +242,12 @@ def _packed_keys(block: RecordBlock) -> PackedKeys:
         edges = block.key_offsets.tolist()
         keys = [raw[a:b] for a, b in itertools.pairwise(edges)]
         return PackedKeys.from_list([key if 1 <= len(key) <= MAX_KEY_BYTES else b"-" for key in keys])
-    return PackedKeys(block.key_bytes.copy(), block.key_offsets.copy())
+    return _checked_keys(block)
+
+
+def _checked_keys(block: RecordBlock) -> PackedKeys:
+    """The block's keys, each of which is a client id."""
+    return PackedKeys.checked(block.key_bytes.copy(), block.key_offsets.copy())
 
 
 class _Tables(NamedTuple):

@@ -87,9 +87,10 @@ def recurrent(site: Site, batch: int, waves: int = 1) -> float:
     rng = np.random.default_rng(3)
     inputs = rng.standard_normal((batch, site.layout.inputs)).astype(np.float32)
     starts = np.linspace(0, batch, waves + 1).astype(np.int64)
+    slots = np.arange(batch)
     first, out = (np.zeros((batch, site.layout.hidden), np.float32) for _ in range(2))
-    cell.run(inputs, starts, first, out)
-    return _best(lambda: cell.run(inputs, starts, first, out), batch)
+    cell.run(inputs, starts, first, slots, out)
+    return _best(lambda: cell.run(inputs, starts, first, slots, out), batch)
 
 
 def produce(site: Site, value_bytes: int, records: int) -> float:

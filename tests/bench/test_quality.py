@@ -5,10 +5,13 @@ import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from tests.bench.quality.__main__ import INTERVALS_MS, main
+from tests.bench.quality.coupon import coupon_stream
+from tests.bench.quality.streams import NEVER_MS
 from tests.support.loans import load_loans
 
 START = datetime(2011, 10, 1, 9, tzinfo=UTC)
@@ -55,11 +58,13 @@ def test_the_bench_judges_every_row_on_the_same_points(
     monkeypatch.setenv("BPIC2012_HOME", str(write_loans(tmp_path, 240)))
     monkeypatch.setenv("LIVESTATE_TASKS__APPROVED__STANDARDISE_AFTER", "50")
     monkeypatch.setenv("LIVESTATE_TASKS__APPROVED__GBDT__LEAST_EXAMPLES", "100")
+    monkeypatch.setenv("LIVESTATE_TASKS__APPROVED__MLP__NEW_EXAMPLES", "8")
+    monkeypatch.setenv("LIVESTATE_TASKS__APPROVED__MLP__LEARNING_RATE", "0.001")
     monkeypatch.setenv("LIVESTATE_MODEL__HIDDEN", "8")
     # When the stream goes through Kafka and the baselines are fitted
     sizes = ["--cases", "240", "--refit-days", "10", "--rounds", "20"]
-    main(["--stream", "loan", *sizes, "--pace", "150", "--behind", "20"])
-    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    main(["--stream", "loan", *sizes, "--pace", "150", "--behind", "20", "--trunks", "random", "labels"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])["loan"]
     # Then each row is there, and what the amount decides is found
     names = ("live", "frozen", "retrained_daily", "aggregates_lightgbm", "logistic_refit", "river")
     assert set(names) <= set(figures["rows"])
@@ -70,5 +75,32 @@ def test_the_bench_judges_every_row_on_the_same_points(
         assert row["auc_interval"][0] <= row["auc"] <= row["auc_interval"][1]
     assert set(figures["publish_interval"]) == set(INTERVALS_MS)
     assert figures["publish_interval"]["never"] == figures["rows"]["frozen"]["auc"]
+    assert figures["trunks"]["random"]["ahead_of_first"] == [0.0, 0.0, 0.0]
+    assert figures["trunks"]["labels"]["auc"] > 0.55
     assert figures["versions"] > 3
     assert len(figures["gain_over_frozen"]) == 3
+
+
+def test_the_shop_is_asked_at_every_send_and_judged_where_the_campaign_is_over() -> None:
+    # Given the events of some households
+    stream = coupon_stream(cases=40)
+    points = stream.points
+    # Then each of their sends is a point, in order
+    assert len(np.unique(points.client)) == 40
+    assert (np.diff(points.as_of_ms) >= 0).all()
+    asking = [time_of(value) for _, _, value in stream.events if b"campaign_send" in value]
+    assert sorted(asking) == sorted(points.as_of_ms.tolist())
+    assert {client.decode() for _, client, _ in stream.events} == set(points.client.tolist())
+    assert [at for at, _, _ in stream.events] == sorted(at for at, _, _ in stream.events)
+    # And a label is final when its campaign is over, which is never before it is told
+    told = [msgspec.msgpack.decode(value) for _, _, value in stream.feedback]
+    final = dict(zip(zip(points.client.tolist(), points.as_of_ms.tolist(), strict=True), points.known_ms, strict=True))
+    assert all(one["timestamp_ms"] <= final[one["client_id"], one["as_of_ms"]] for one in told)
+    over = points.known_ms < NEVER_MS
+    assert 0.5 < over.mean() < 1.0
+    assert points.known_ms[over].max() <= stream.events[-1][0]
+
+
+def time_of(value: bytes) -> int:
+    decoded: int = msgspec.msgpack.decode(value)["timestamp_ms"]
+    return decoded

@@ -1,33 +1,40 @@
-"""Quality on a real stream with delayed feedback, beside what it is to be better than.
+"""Quality on real streams with delayed feedback, beside what it is to be better than.
 
-    python -m tests.bench.quality --stream loan [--rows live frozen …] [--refit-days 1] [--pace 1500] [--cases N]
+    python -m tests.bench.quality --stream loan coupon [--rows live frozen …] [--refit-days 1] [--trunks next_event …]
 
-The stream goes through Kafka; a worker predicts, a trainer learns, and predictions are read back from the embeddings
+A stream goes through Kafka; a worker predicts, a trainer learns, and predictions are read back from the embeddings
 topic: `live`. From the trainer's record come `frozen` (the same heads, which stop learning where judging begins) and
 `publish_interval` (the same, published less often). `retrained_daily`: LightGBM on the same rows, and
 `aggregates_lightgbm`: on hand-made aggregates, the better of two settings, both from scratch every `--refit-days`;
-`logistic_refit` on the aggregates as often; `river`: logistic regression online. All are judged on the same points,
-with 95 % intervals from a bootstrap over clients. The last line is JSON.
+`logistic_refit` on the aggregates as often; `river`: logistic regression online. With `--trunks`, heads learn over
+states of trunks that were made in other ways, too. All are judged on the same points, with 95 % intervals from a
+bootstrap over clients. The last line is JSON, by stream.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stream.model.parameters import ParameterSet
+from stream.settings import Settings, load
 from tests.bench.quality.again import published_every
 from tests.bench.quality.baselines import FIRST, REGULARISED, boosted, logistic_refit, online_logistic
-from tests.bench.quality.live import live
-from tests.bench.quality.streams import STREAMS, Points, Stream
+from tests.bench.quality.coupon import coupon_stream
+from tests.bench.quality.live import live, lived
+from tests.bench.quality.loan import loan_stream
+from tests.bench.quality.streams import NEVER_MS, Points, Stream
+from tests.bench.quality.trunks import TRUNKS, made_trunk, under_trunk
 from tests.bench.support.site import machine
 from trainer.evaluation import auc, auc_difference_interval, auc_interval, expected_calibration_error, log_loss
 from trainer.record import AnsweredExamples, read_record
@@ -38,20 +45,23 @@ Floats = NDArray[np.float64]
 Tell = Callable[[str], None]
 HOUR_MS = 3_600_000
 ROWS = ("live", "frozen", "retrained_daily", "aggregates_lightgbm", "logistic_refit", "river")
+STREAMS: dict[str, Callable[[int | None], Stream]] = {"loan": loan_stream, "coupon": coupon_stream}
 INTERVALS_MS = {"never": None, "5h": 5 * HOUR_MS, "1h": HOUR_MS, "30min": HOUR_MS // 2, "1s": 1000}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.quality", description=__doc__)
-    parser.add_argument("--stream", choices=sorted(STREAMS), default="loan")
+    parser.add_argument("--stream", nargs="+", choices=sorted(STREAMS), default=sorted(STREAMS))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="beside `live` (default: all)")
     parser.add_argument("--refit-days", type=float, default=1.0, help="days between refits of baselines (%(default)s)")
-    parser.add_argument("--pace", type=float, default=1500.0, help="records published a second, at most (%(default)s)")
+    parser.add_argument("--pace", type=float, help="records published a second, at most (default: the stream's)")
     parser.add_argument(
-        "--behind", type=int, default=2_000, metavar="N",
-        help="publish nothing while worker or trainer have so many records to go (%(default)s)",
+        "--behind", type=int, metavar="N",
+        help="publish nothing while worker or trainer have so many records to go (default: the stream's)",
     )  # fmt: skip
-    parser.add_argument("--trunk", choices=("random", "pretrained"), default="random")
+    parser.add_argument("--trunk", choices=sorted(TRUNKS), help="that serves (default: the stream's)")
+    parser.add_argument("--trunks", nargs="*", choices=sorted(TRUNKS), default=(), help="that are compared")
+    parser.add_argument("--directory", help="keep what the system did here, and go on from what is there")
     parser.add_argument("--cases", type=int, help="only the first so many clients")
     parser.add_argument("--rounds", type=int, default=500, help="of the bootstrap (%(default)s)")
     options = parser.parse_args(arguments)
@@ -60,33 +70,56 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     def tell(text: str) -> None:
         print(f"{time.monotonic() - began:6.0f} s  {text}", file=sys.stderr, flush=True)
 
-    stream = STREAMS[options.stream](options.cases)
-    tell(f"{len(stream.events):,} events, {len(stream.points):,} points")
-    with tempfile.TemporaryDirectory(prefix="livestate-quality-") as directory:
-        lived = live(stream, Path(directory), options.pace, options.trunk, options.behind)
-        tell(f"live: {lived.versions:,} versions")
-        examples = read_record(lived.record)[stream.task]
-    at = _places(stream.points, examples)
-    scores, intervals = {"live": lived.prediction}, {}
-    if "frozen" in options.rows:
-        same = published_every(
-            lived.settings, stream.task, examples, stream.judged_from_ms, list(INTERVALS_MS.values())
-        )
-        intervals = {name: _at(same[interval], at, len(stream.points)) for name, interval in INTERVALS_MS.items()}
-        scores["frozen"] = intervals["never"]
-        tell("frozen, and published less often")
-    scores |= _baselines(stream, examples, at, options.rows, options.refit_days, tell)
-    judged = stream.points.as_of_ms >= stream.judged_from_ms
-    for values in [*scores.values(), *intervals.values()]:
-        judged &= np.isfinite(values)
-    result = _result(stream, scores, intervals, judged, options.rounds)
-    result |= {
-        "stream": options.stream, "trunk": options.trunk, "refit_days": options.refit_days, "pace": options.pace,
-        "versions": lived.versions, "live_s": round(lived.seconds), "seconds": round(time.monotonic() - began),
-        "machine": machine(),
-    }  # fmt: skip
+    result: dict[str, Any] = {name: _measured(STREAMS[name](options.cases), options, tell) for name in options.stream}
+    result |= {"seconds": round(time.monotonic() - began), "machine": machine()}
     print(json.dumps(result))
     return result
+
+
+def _measured(stream: Stream, options: argparse.Namespace, tell: Tell) -> dict[str, Any]:
+    tell(f"{stream.task}: {len(stream.events):,} events, {len(stream.points):,} points")
+    trunk = options.trunk or stream.trunk
+
+    def make_trunk(settings: Settings) -> ParameterSet:
+        made = made_trunk(trunk, settings, stream)
+        tell(f"trunk: {trunk}")
+        return made
+
+    settings = load(stream.settings)
+    with contextlib.ExitStack() as kept:
+        place = options.directory or kept.enter_context(tempfile.TemporaryDirectory(prefix="livestate-quality-"))
+        directory = Path(place) / stream.task
+        left = lived(directory) or live(stream, directory, make_trunk, options.pace, options.behind)
+        examples = read_record(left.record)[stream.task]
+    at = _places(stream.points, examples)
+    judged = (stream.points.as_of_ms >= stream.judged_from_ms) & (stream.points.known_ms < NEVER_MS)
+    scores, intervals, trunks = {}, {}, {}
+
+    def told(name: str, values: Floats) -> Floats:
+        there = judged & np.isfinite(values)
+        tell(f"{name}: AUC {auc(stream.points.label[there], values[there]):.4f} of {int(there.sum()):,}")
+        return values
+
+    scores["live"] = told("live", left.prediction)
+    for name, make in _baselines(stream, examples, at, options.refit_days).items():
+        if name.startswith(tuple(options.rows)):
+            scores[name] = told(name, make())
+    for name in options.trunks:
+        said = under_trunk(settings, stream, made_trunk(name, settings, stream), examples, at)
+        trunks[name] = told(f"heads over the trunk {name}", _at(said, at, len(stream.points)))
+    if "frozen" in options.rows:
+        same = published_every(settings, stream.task, examples, stream.judged_from_ms, list(INTERVALS_MS.values()))
+        for name, interval in INTERVALS_MS.items():
+            intervals[name] = told(f"published {name}", _at(same[interval], at, len(stream.points)))
+        scores["frozen"] = intervals["never"]
+    for values in [*scores.values(), *intervals.values(), *trunks.values()]:
+        judged &= np.isfinite(values)
+    return {
+        **_result(stream, scores, intervals, judged, options.rounds),
+        "trunks": _compared(stream, trunks, judged, options.rounds),
+        "trunk": trunk, "refit_days": options.refit_days, "pace": options.pace or stream.pace,
+        "versions": left.versions, "live_s": round(left.seconds),
+    }  # fmt: skip
 
 
 def _places(points: Points, examples: AnsweredExamples) -> NDArray[np.int64]:
@@ -103,24 +136,18 @@ def _at(values: NDArray[Any], at: NDArray[np.int64], n: int) -> Floats:
 
 
 def _baselines(
-    stream: Stream, examples: AnsweredExamples, at: NDArray[np.int64], wanted: Sequence[str], days: float, tell: Tell
-) -> dict[str, Floats]:
-    points, from_ms = stream.points, stream.judged_from_ms
+    stream: Stream, examples: AnsweredExamples, at: NDArray[np.int64], days: float
+) -> dict[str, Callable[[], Floats]]:
+    points = stream.points
     rows = np.full((len(points), examples.inputs.shape[1]), np.nan, np.float32)
     rows[at] = examples.inputs
-    makers = {
-        "retrained_daily": lambda: boosted(points, rows, from_ms, days, REGULARISED),
-        "aggregates_lightgbm_first": lambda: boosted(points, points.aggregates, from_ms, days, FIRST),
-        "aggregates_lightgbm_regularised": lambda: boosted(points, points.aggregates, from_ms, days, REGULARISED),
-        "logistic_refit": lambda: logistic_refit(points, from_ms, days),
-        "river": lambda: online_logistic(points, from_ms),
+    return {
+        "retrained_daily": lambda: boosted(stream, rows, days, REGULARISED),
+        "aggregates_lightgbm_first": lambda: boosted(stream, points.aggregates, days, FIRST),
+        "aggregates_lightgbm_regularised": lambda: boosted(stream, points.aggregates, days, REGULARISED),
+        "logistic_refit": lambda: logistic_refit(stream, days),
+        "river": lambda: online_logistic(stream),
     }
-    scores = {}
-    for name, make in makers.items():
-        if name.startswith(tuple(wanted)):
-            scores[name] = make()
-            tell(name)
-    return scores
 
 
 def _result(
@@ -149,14 +176,29 @@ def _result(
             gain = auc_difference_interval(client, label, live, values[judged], np.random.default_rng(0), rounds)
             gains[name] = [round(value, 4) for value in (gain.value, gain.low, gain.high)]
     return {
+        **{name: row["auc"] for name, row in rows.items()},
+        "gain_over_frozen": gains.get("frozen"),
         "points": int(judged.sum()),
         "clients": len(np.unique(client)),
         "positives": int(label.sum()),
         "rows": rows,
-        "gain_over_frozen": gains.get("frozen"),
         "gains": gains,
         "publish_interval": {name: round(auc(label, values[judged]), 4) for name, values in intervals.items()},
     }
+
+
+def _compared(
+    stream: Stream, scores: dict[str, Floats], judged: NDArray[np.bool_], rounds: int
+) -> dict[str, dict[str, Any]]:
+    """AUC over each trunk, and how far it is ahead of the first one, with the interval over clients."""
+    client, label = stream.points.client[judged], stream.points.label[judged]
+    out: dict[str, dict[str, Any]] = {}
+    for name, values in scores.items():
+        first = next(iter(scores.values()))[judged]
+        gain = auc_difference_interval(client, label, values[judged], first, np.random.default_rng(0), rounds)
+        ahead = [round(value, 4) for value in (gain.value, gain.low, gain.high)]
+        out[name] = {"auc": round(auc(label, values[judged]), 4), "ahead_of_first": ahead}
+    return out
 
 
 def _measures(client: NDArray[np.str_], label: NDArray[np.bool_], said: Floats, rounds: int) -> dict[str, Any]:

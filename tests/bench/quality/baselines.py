@@ -13,7 +13,7 @@ import numpy as np
 from lightgbm import Dataset, train
 from numpy.typing import NDArray
 
-from tests.bench.quality.streams import Points
+from tests.bench.quality.streams import Points, Stream
 
 __all__ = ["FIRST", "REGULARISED", "boosted", "logistic_refit", "online_logistic"]
 
@@ -21,13 +21,13 @@ Floats = NDArray[np.float64]
 DAY_MS = 86_400_000
 
 _COMMON = {
-    "objective": "binary", "num_threads": 1, "deterministic": True, "force_row_wise": True, "seed": 1, "verbose": -1,
+    "objective": "binary", "num_threads": 1, "deterministic": True, "force_row_wise": True, "verbose": -1,
 }  # fmt: skip
 #: LightGBM as it comes, with its trees made smaller steps.
 FIRST: dict[str, Any] = {**_COMMON, "num_trees": 200, "learning_rate": 0.05, "num_leaves": 31}
 REGULARISED: dict[str, Any] = {
-    **_COMMON, "num_trees": 250, "learning_rate": 0.03, "num_leaves": 15, "min_data_in_leaf": 200,
-    "bagging_fraction": 0.5, "bagging_freq": 1, "feature_fraction": 0.3, "lambda_l2": 10.0, "max_bin": 63,
+    **_COMMON, "num_trees": 250, "learning_rate": 0.03, "num_leaves": 15, "bagging_fraction": 0.5, "bagging_freq": 1,
+    "feature_fraction": 0.3, "lambda_l2": 10.0, "max_bin": 63,
 }  # fmt: skip
 
 
@@ -39,45 +39,50 @@ def _refits(points: Points, from_ms: int, every_days: float) -> Iterator[tuple[N
         yield np.flatnonzero(points.known_ms < at_ms), np.flatnonzero(due)
 
 
-def boosted(
-    points: Points,
-    features: NDArray[np.float32],
-    from_ms: int,
-    every_days: float,
-    parameters: dict[str, Any],
-) -> Floats:
-    """(n,) of LightGBM refitted from scratch on all known labels; NaN before `from_ms`."""
+def boosted(stream: Stream, features: NDArray[np.float32], every_days: float, parameters: dict[str, Any]) -> Floats:
+    """(n,) of LightGBM refitted from scratch on all known labels; NaN before judging begins."""
+    points = stream.points
     out = np.full(len(points), np.nan)
-    for known, due in _refits(points, from_ms, every_days):
-        if len(due):
-            data = Dataset(features[known], points.label[known].astype(np.float32), params=parameters)
-            out[due] = train(parameters, data).predict(features[due], num_threads=1)
+    for known, due in _refits(points, stream.judged_from_ms, every_days):
+        if not len(due):
+            continue
+        # A share, as the first fits of a small stream have few examples.
+        leaf = min(stream.leaf_examples, max(20, len(known) // 20))
+        log_odds = np.zeros(len(due))
+        for seed in range(1, stream.fits + 1):
+            chosen = {**parameters, "seed": seed}
+            if parameters is REGULARISED:
+                chosen["min_data_in_leaf"] = leaf
+            data = Dataset(features[known], points.label[known].astype(np.float32), params=chosen)
+            log_odds += np.asarray(train(chosen, data).predict(features[due], raw_score=True, num_threads=1))
+        out[due] = _chance(log_odds / stream.fits)
     return out
 
 
-def logistic_refit(points: Points, from_ms: int, every_days: float) -> Floats:
+def logistic_refit(stream: Stream, every_days: float) -> Floats:
     """(n,) of logistic regression with an L2 penalty on the standardised aggregates, refitted to convergence."""
+    points = stream.points
     x = _dense(points)
     out = np.full(len(points), np.nan)
     weight = np.zeros(x.shape[1])
-    for known, due in _refits(points, from_ms, every_days):
+    for known, due in _refits(points, stream.judged_from_ms, every_days):
         if len(due):
-            weight = _mode(x[known], points.label[known], weight)
+            weight = _mode(x[known], points.label[known], weight, stream.penalty)
             out[due] = _chance(x[due] @ weight)
     return out
 
 
 def _dense(points: Points) -> Floats:
-    """(n, inputs): signed logarithms and, of the last three columns, which are codes, one column for each value."""
+    """(n, inputs): signed logarithms, and of the columns that are categories one column for each value."""
     raw = points.aggregates.astype(np.float64)
-    numbers, codes = raw[:, :-3], raw[:, -3:]
+    numbers, codes = np.split(raw, [raw.shape[1] - points.codes], axis=1)
     seen = np.isfinite(numbers)
     filled = np.where(seen, np.sign(numbers) * np.log1p(np.abs(np.nan_to_num(numbers))), 0.0)
     absent = ~seen[:, ~seen.all(axis=0)]
     hot = [codes[:, [i]] == np.unique(codes[:, i])[None, :] for i in range(codes.shape[1])]
     parts = np.concatenate([filled, absent, *hot], axis=1).astype(np.float64)
     spread = parts.std(axis=0)
-    parts = (parts - parts.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+    parts = np.clip((parts - parts.mean(axis=0)) / np.where(spread > 1e-3, spread, 1.0), -6.0, 6.0)
     return np.concatenate([parts, np.ones((len(parts), 1))], axis=1)
 
 
@@ -85,12 +90,14 @@ def _chance(log_odds: Floats) -> Floats:
     return 0.5 + 0.5 * np.tanh(0.5 * log_odds)
 
 
-def _mode(x: Floats, label: NDArray[np.bool_], start: Floats) -> Floats:
+def _mode(x: Floats, label: NDArray[np.bool_], start: Floats, penalty: float) -> Floats:
+    """Weights (inputs,), the last one the bias, by Newton's method."""
+    precision = np.append(np.full(len(start) - 1, penalty), 1e-3)
     weight = start.copy()
     for _ in range(25):
         chance = _chance(x @ weight)
-        gradient = x.T @ (label - chance) - 10.0 * weight
-        curvature = (x * (chance * (1.0 - chance))[:, None]).T @ x + 10.0 * np.eye(x.shape[1])
+        gradient = x.T @ (label - chance) - precision * weight
+        curvature = (x * (chance * (1.0 - chance))[:, None]).T @ x + np.diag(precision)
         step = np.linalg.solve(curvature, gradient)
         weight += step
         if np.abs(step).max() < 1e-6:
@@ -98,10 +105,11 @@ def _mode(x: Floats, label: NDArray[np.bool_], start: Floats) -> Floats:
     return weight
 
 
-def online_logistic(points: Points, from_ms: int) -> Floats:
+def online_logistic(stream: Stream) -> Floats:
     """(n,) of River's logistic regression on scaled aggregates, one pass, each label as it becomes known."""
     from river import linear_model, preprocessing
 
+    points = stream.points
     model = preprocessing.StandardScaler() | linear_model.LogisticRegression()
     names = [str(i) for i in range(points.aggregates.shape[1])]
     rows = np.nan_to_num(points.aggregates, nan=0.0)
@@ -113,6 +121,6 @@ def online_logistic(points: Points, from_ms: int) -> Floats:
             one = int(known[told])
             model.learn_one(dict(zip(names, rows[one].tolist(), strict=True)), bool(points.label[one]))
             told += 1
-        if at_ms >= from_ms:
+        if at_ms >= stream.judged_from_ms:
             out[i] = model.predict_proba_one(dict(zip(names, rows[i].tolist(), strict=True))).get(True, 0.5)
     return out

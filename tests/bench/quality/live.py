@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +16,15 @@ from numpy.typing import NDArray
 
 from stream.broker import EmbeddedBroker
 from stream.kafka import ensure_topics, producer_config
+from stream.model.parameters import ParameterSet
 from stream.settings import Settings, load
 from stream.wire import RecordBlock
 from tests.bench.quality.streams import Stream
 from trainer.demo.comparison import served_predictions
 from trainer.demo.processes import Exposition, Interrupts, Process, free_ports
-from trainer.pretrain import fit, random_trunk, save_parameters
+from trainer.files import save_parameters
 
-__all__ = ["Lived", "live"]
+__all__ = ["Lived", "live", "lived", "record_blocks"]
 
 _BLOCK = 5_000
 _STALLED_S = 600.0
@@ -31,25 +33,43 @@ _STALLED_S = 600.0
 @dataclass(frozen=True)
 class Lived:
     """What a run left: `prediction` (points,) as served, NaN where none was; the trainer's record of answered examples,
-    and what it took."""
+    and what it took.
 
-    settings: Settings
+    It is kept in its directory, from where `lived` takes it up again.
+    """
+
     prediction: NDArray[np.float64]
     record: Path
     seconds: float
     versions: int
 
 
-def live(stream: Stream, directory: Path, pace: float, trunk: str, most_behind: int) -> Lived:
+def lived(directory: Path) -> Lived | None:
+    """What an earlier run left in this directory; None where none ended there."""
+    kept = directory / "live.npz"
+    if not kept.exists():
+        return None
+    with np.load(kept) as found:
+        seconds, versions = found["seconds"].item(), found["versions"].item()
+        return Lived(found["prediction"], directory / "answered.bin", seconds, versions)
+
+
+def live(
+    stream: Stream,
+    directory: Path,
+    make_trunk: Callable[[Settings], ParameterSet],
+    pace: float | None = None,
+    most_behind: int | None = None,
+) -> Lived:
     """Run the stream through the system.
 
     Parameters
     ----------
-    pace: records a second, events and feedback together, at most.
-    trunk: `random` or `pretrained`, on the events before `trunk_until_ms`.
-    most_behind: nothing is published while worker or trainer have so many records to go.
+    pace: records a second, events and feedback together, at most; by default the stream's.
+    most_behind: nothing is published while worker or trainer have so many records to go; by default the stream's.
     """
     began = time.monotonic()
+    directory.mkdir(parents=True, exist_ok=True)
     broker_port, worker_port, trainer_port = free_ports([0, 0, 0])
     # However it is told to end, what it started ends before it.
     with Interrupts(), contextlib.ExitStack() as started:
@@ -64,8 +84,7 @@ def live(stream: Stream, directory: Path, pace: float, trunk: str, most_behind: 
         }
         settings = load(stream.settings, {**os.environ, **environment})
         ensure_topics(settings, create=True)
-        make = random_trunk if trunk == "random" else lambda settings, blocks: fit(settings, blocks).parameters
-        save_parameters(directory / "trunk.msgpack", make(settings, _blocks(stream)))
+        save_parameters(directory / "trunk.msgpack", make_trunk(settings))
         record = directory / "answered.bin"
         file = ["--settings", str(stream.settings)]
         worker = started.enter_context(Process("worker", ["worker", *file], environment, directory))
@@ -75,19 +94,22 @@ def live(stream: Stream, directory: Path, pace: float, trunk: str, most_behind: 
         worker.wait_until_ready(worker_port, 300.0)
         trainer.wait_until_ready(trainer_port, 300.0)
         watched = _Watched(worker, trainer, Exposition(worker_port), Exposition(trainer_port))
-        _publish(stream, settings, watched, pace, most_behind)
+        _publish(stream, settings, watched, pace or stream.pace, most_behind or stream.behind)
         watched.wait(len(stream.events), len(stream.feedback), 0)
         versions = int(watched.trainer_metrics.total("livestate_parameter_version"))
-        said, _ = served_predictions(settings, stream.task)
+        said, _ = served_predictions(settings, stream.output)
     moments = zip(stream.points.client.tolist(), stream.points.as_of_ms.tolist(), strict=True)
     prediction = np.array([said.get((client.encode(), at), np.nan) for client, at in moments])
-    return Lived(settings, prediction, record, time.monotonic() - began, versions)
+    seconds = time.monotonic() - began
+    np.savez(directory / "live.npz", prediction=prediction, seconds=seconds, versions=versions)
+    return Lived(prediction, record, seconds, versions)
 
 
-def _blocks(stream: Stream) -> Iterator[RecordBlock]:
-    early = [one for one in stream.events if one[0] < stream.trunk_until_ms]
-    for at in range(0, len(early), _BLOCK):
-        part = early[at : at + _BLOCK]
+def record_blocks(stream: Stream, until_ms: int) -> Iterator[RecordBlock]:
+    """The events before that time."""
+    early = bisect_left(stream.events, until_ms, key=lambda one: one[0])
+    for at in range(0, early, _BLOCK):
+        part = stream.events[at : min(at + _BLOCK, early)]
         yield RecordBlock.from_lists(
             [client for _, client, _ in part], [value for _, _, value in part], np.arange(at, at + len(part)),
             np.array([time_ms for time_ms, _, _ in part]),
@@ -141,6 +163,7 @@ def _publish(stream: Stream, settings: Settings, watched: _Watched, pace: float,
     sent = [0, 0]
     began = time.monotonic()
     chunk = max(1, int(pace / 20))
+    asked = 0
     for i, (_, kind, client, value) in enumerate(due):
         producer.produce(kinds[kind], value, client, on_delivery=delivered)
         sent[kind] += 1
@@ -149,6 +172,9 @@ def _publish(stream: Stream, settings: Settings, watched: _Watched, pace: float,
         producer.poll(0)
         if refused:
             raise SystemExit(f"a record was not delivered: {refused[0]}")
-        watched.wait(*sent, most_behind)
+        # To ask costs both of them some milliseconds.
+        if i - asked >= most_behind // 4:
+            watched.wait(*sent, most_behind)
+            asked = i
         time.sleep(max(0.0, began + i / pace - time.monotonic()))
     producer.flush(60)

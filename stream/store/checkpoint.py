@@ -196,19 +196,18 @@ class Checkpoint:
         no_row = (flags & (layout.DEAD | layout.WAITING)) != 0
         table.flags[slots] = np.where(no_row, flags | layout.TOMB, flags & np.uint8(0xFF ^ layout.TOMB))
         # From here on the batch is as new as disk; what is spilled later than this is newer again.
-        self.spilled.difference_update(keys)
+        if self.spilled:
+            self.spilled.difference_update(keys)
         piece.keys += keys
         piece.slots.append(slots.copy())
         batch = piece.batch
         if batch is not None:
-            aged = ((flags & layout.AGED) != 0).tolist()
-            for key, row, known, ms in zip(keys, encoded, aged, table.aged(slots).tolist(), strict=True):
-                if row is None:
-                    batch.delete("rows", key)
-                    continue
-                batch.put("rows", key, row)
-                if not known and self._core.aged:
-                    batch.put("ages", age_key(ms, key), b"")
+            batch.put_all("rows", keys, encoded)
+            if core.aged:
+                aged = ((flags & layout.AGED) != 0).tolist()
+                for key, row, known, ms in zip(keys, encoded, aged, table.aged(slots).tolist(), strict=True):
+                    if row is not None and not known:
+                        batch.put("ages", age_key(ms, key), b"")
         self._count(encoded)
         return keys, encoded
 

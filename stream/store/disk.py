@@ -73,6 +73,15 @@ class Batch:
         """Set one entry."""
         self.raw.put(key, value, self._disk.handles[family])
 
+    def put_all(self, family: str, keys: Sequence[bytes], values: Sequence[bytes | None]) -> None:
+        """Set one entry for each key, and remove those whose value is None."""
+        put, handle = self.raw.put, self._disk.handles[family]
+        for key, value in zip(keys, values, strict=True):
+            if value is None:
+                self.raw.delete(key, handle)
+            else:
+                put(key, value, handle)
+
     def delete(self, family: str, key: bytes) -> None:
         """Remove one entry."""
         self.raw.delete(key, self._disk.handles[family])

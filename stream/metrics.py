@@ -418,6 +418,26 @@ class TrainerMetrics(ProcessMetrics):
             ["task", "head"],
             registry=r,
         )
+        self.guard_holding = Gauge(
+            "livestate_trainer_guard_holding",
+            "1 while what a task learned is not published, as it proves worse than a good state or is not finite.",
+            ["task"], registry=r,
+        )  # fmt: skip
+        self.guard_held_back = Counter(
+            "livestate_trainer_guard_held_back_versions",
+            "Versions that a task's newest labels would have been in, had they not been held back.",
+            ["task"], registry=r,
+        )  # fmt: skip
+        self.guard_returns = Counter(
+            "livestate_trainer_guard_returns",
+            "Times that a task's learner went back to a good state.",
+            ["task"], registry=r,
+        )  # fmt: skip
+        self.guard_evidence = Gauge(
+            "livestate_trainer_guard_evidence_log10",
+            "Decimal logarithm of how much speaks for a task's learner being worse than its good state.",
+            ["task"], registry=r,
+        )  # fmt: skip
         self.version = Gauge("livestate_parameter_version", "Last version published.", registry=r)
         self.taking_over = Gauge(
             "livestate_trainer_taking_over",

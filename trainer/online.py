@@ -32,6 +32,7 @@ from stream.wire import EventColumns, EventDecoder, Schema, decode_feedback
 from trainer.checkpoint import Changes, Database, pack_array, unpack_array
 from trainer.crossings import Crossings
 from trainer.delays import Delays
+from trainer.guards import Guards
 from trainer.history import History, KeptVersion
 from trainer.joiner import Example, Joined, Joiner
 from trainer.lag import sampled
@@ -41,6 +42,7 @@ from trainer.publisher import TableRows
 from trainer.record import Recorder
 from trainer.replica import Replica, late_events
 from trainer.sampling import NegativeSampling
+from trainer.tables import CategoryTable
 from trainer.timeline import EVENTS, FEEDBACK, Record, block_of
 
 __all__ = ["BATCH_RECORDS", "OnlineTrainer"]
@@ -161,7 +163,8 @@ class OnlineTrainer:
         }
         self._poison = Poison(settings, self.metrics, self._refuse)
         self.history = History(database, settings.trainer.history_versions)
-        self._tables = [table for learner in self.learners.values() for table in learner.tables]
+        self.guards = Guards(self.learners, settings, metrics=self.metrics)
+        self.guards.load(database)
         self._ticks: dict[str, int] = {}
         self.recorder = Recorder(record, recorded) if record is not None else None
         self._recorded = recorded
@@ -169,8 +172,8 @@ class OnlineTrainer:
 
     def serve(self, parameters: ParameterSet) -> None:
         """Predict with these parameters' heads from now on: those that the workers have."""
-        self._heads = self.questions.heads(self._fitting(parameters))
-        self._served_version = parameters.version
+        self._served = self._fitting(parameters)
+        self._heads = self.questions.heads(self._served)
 
     def _fitting(self, parameters: ParameterSet) -> ParameterSet:
         """Without the heads of tasks that the settings no longer have, or have otherwise."""
@@ -265,7 +268,7 @@ class OnlineTrainer:
                     int(columns.timestamp_ms[event]),
                     inputs,
                     float(said[0]),
-                    self._served_version,
+                    self._served.version,
                     stratum,
                     said[1:],
                     keys_there,
@@ -331,6 +334,7 @@ class OnlineTrainer:
         if joined.early:
             self.metrics.early_labels.labels(example.task, "positive" if joined.label else "negative").inc()
         sampling = self._sampling[example.task]
+        self.guards.take(joined)
         if joined.label is not False or sampling.keeps(example.client_id, example.as_of_ms):
             learner.learn(
                 example.inputs, joined.label, joined.weight, example.prediction, joined.published_ms,
@@ -344,6 +348,7 @@ class OnlineTrainer:
         if self.recorder is not None:
             self.recorder.example(joined)
         self._count_learned(learner)
+        self.guards.judge(example.task)
 
     def _count_learned(self, learner: TaskLearner) -> None:
         self.metrics.learned.labels(learner.task).inc(learner.learned)
@@ -355,52 +360,61 @@ class OnlineTrainer:
             self.positions[kind, record.partition] = record.offset + 1
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a version published now would hold: the trunk, and every task's head."""
-        tensors: dict[str, Tensor] = dict(self.parameters)
-        for learner in self.learners.values():
-            tensors.update(learner.head())
-        return tensors
+        """What a version published now would hold: the trunk, and every task's head; of one that is held back, what is
+        served. Then `tables`, and the rest."""
+        return {**self.parameters, **self.guards.tensors(self._served)}
 
     def tables(self) -> dict[str, TableRows]:
-        """The tables that heads read, with the rows that changed since the last confirmed version."""
+        """The tables that heads read, with the rows that changed since the last confirmed version, if they may be
+        published."""
         found = {}
-        for table in self._tables:
+        for table in self._tables():
             rows, self._ticks[table.name] = table.touched()
             found[table.name] = TableRows(table.width, rows)
+        for name, width in self.guards.held_tables():
+            found[name] = TableRows(width, {})
         return found
+
+    def _tables(self) -> list[CategoryTable]:
+        """Those that are not held back."""
+        held = self.guards.held
+        return [table for task, learner in self.learners.items() if task not in held for table in learner.tables]
 
     def compare(self, published: ParameterSet | None) -> None:
         """Take rows that differ from the published ones for changed."""
-        for table in self._tables:
-            table.compare(published.tables.get(table.name) if published is not None else None)
+        for learner in self.learners.values():
+            for table in learner.tables:
+                table.compare(published.tables.get(table.name) if published is not None else None)
 
     @property
     def has_changed(self) -> bool:
-        """Whether something was learned that no confirmed version has."""
+        """Whether something was learned that no confirmed version has and that may be published."""
         return bool(self.unpublished()) or self.has_touched
 
     @property
     def has_touched(self) -> bool:
         """Whether a row of a table has changed since the last confirmed version."""
-        return any(table.has_touched for table in self._tables)
+        return any(table.has_touched for table in self._tables())
 
     def confirm_rows(self) -> None:
         """The rows that `tables` gave last are in a confirmed version."""
-        for table in self._tables:
-            table.confirm(self._ticks[table.name])
+        ticks, self._ticks = self._ticks, {}
+        for learner in self.learners.values():
+            for table in learner.tables:
+                if table.name in ticks:
+                    table.confirm(ticks[table.name])
 
     def unpublished(self) -> dict[str, int]:
-        """By task, how many labels its posterior has that no confirmed version has."""
-        return {task: len(learner.included) for task, learner in self.learners.items() if learner.included}
+        """By task, how many labels its posterior has that no confirmed version has; none of one that is held back."""
+        return self.guards.unpublished()
 
     def feedback_ms(self) -> list[int]:
         """Kafka's times of the feedback that the next version is the first to include."""
-        return [at for learner in self.learners.values() for at in learner.included]
+        return [at for task in self.unpublished() for at in self.learners[task].included]
 
     def confirm(self, included: dict[str, int]) -> None:
         """These many labels of each task are in a confirmed version."""
-        for task, count in included.items():
-            self.learners[task].confirm(count)
+        self.guards.confirm(included)
 
     def states(self) -> dict[str, bytes]:
         """By task, what a version published now is made from; for `keep`."""
@@ -443,6 +457,7 @@ class OnlineTrainer:
         states = self.history.states(version)
         for task, learner in self.learners.items():
             learner.restore(states.get(task))
+        self.guards.trust()
 
     def checkpoint(self, version: int) -> None:
         """Write everything as one.
@@ -463,6 +478,7 @@ class OnlineTrainer:
         self.history.save(changes)
         for learner in self.learners.values():
             learner.save(changes)
+        self.guards.save(changes)
         if not self._parameters_saved:
             for name, tensor in self.parameters.items():
                 changes[_PARAMETER + name.encode()] = pack_array(tensor)
@@ -486,12 +502,14 @@ class OnlineTrainer:
         self.history.saved()
         for learner in self.learners.values():
             learner.saved()
+        self.guards.saved()
 
     def observe_metrics(self) -> None:
         """Set the gauges."""
         self.metrics.pending_examples.set(self.joiner.waiting)
         self.metrics.pending_feedback.set(self.joiner.pending)
         self.metrics.held_labels.set(self.joiner.finality.held)
+        self.guards.observe_metrics()
         for task, learner in self.learners.items():
             for head, quality in learner.quality.items():
                 if not len(quality):

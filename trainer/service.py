@@ -264,9 +264,14 @@ class TrainerService:
                     first = not self._publish(trainer) and first
             elif not self.rollbacks.requests.empty():
                 first = not self._roll_back(trainer, self.rollbacks.requests.get()) and first
-            elif (first or trainer.has_changed) and not self._behind and publishing.is_due(now):
+            elif (
+                (first or trainer.has_changed or trainer.guards.holds_news)
+                and not self._behind
+                and publishing.is_due(now)
+            ):
+                trainer.guards.count_held_back()
                 with_tensors = dense.is_due(now) or first
-                if with_tensors or trainer.has_touched:
+                if first or (with_tensors and trainer.has_changed) or trainer.has_touched:
                     first = not self._publish(trainer, with_tensors) and first
             self._fetch(consumer)
             self._lag.note(self._timeline.oldest_ms)
@@ -382,7 +387,9 @@ class TrainerService:
                 if with_tensors:
                     tensors, feedback_ms = trainer.tensors(), trainer.feedback_ms()
                     self._included = trainer.unpublished()
-                    is_kept = self._rolled_back is not None or self._keeping.is_due(self._monotonic())
+                    # A version with a task's part of an earlier one has no state of its own.
+                    may_keep = not trainer.guards.held and self._keeping.is_due(self._monotonic())
+                    is_kept = self._rolled_back is not None or may_keep
                     self._states = trainer.states() if is_kept else None
                 self._created_ms = int(self._clock() * 1000)
                 version = publisher.publish(tensors, feedback_ms, self._created_ms, trainer.tables())

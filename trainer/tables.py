@@ -25,7 +25,7 @@ from stream.settings import Task
 from stream.store import Checkpoint, EmbeddingStore, PackedKeys, StoreOptions
 from trainer.checkpoint import Changes, Database
 
-__all__ = ["CategoryTable", "read_effects", "write_effects"]
+__all__ = ["CategoryTable", "read_effects", "rows_in", "write_effects"]
 
 _SLICE_ROWS = 4096
 _SWEEP_MS = 2.0
@@ -158,10 +158,7 @@ class CategoryTable:
         rare = np.stack([np.zeros(self.width), np.full(self.width, self._prior)], axis=-1).astype(np.float32)
         then: dict[bytes, NDArray[np.float32]] = {}
         if state is not None:
-            rare_bytes, buffer, offsets, vectors = msgpack.unpackb(state)
-            rare = np.frombuffer(rare_bytes, np.float32).reshape(self.width, 2).copy()
-            keys = PackedKeys(np.frombuffer(buffer, np.uint8), np.frombuffer(offsets, np.int64))
-            then = dict(zip(keys, np.frombuffer(vectors, np.float32).reshape(len(keys), -1), strict=True))
+            rare, then = _unpacked(state)
         self._rare = rare
         new = np.stack([rare[:, 0], np.full(self.width, self._prior, np.float32)], axis=-1).reshape(-1)
         self._touch([RARE_KEY])
@@ -209,6 +206,21 @@ class CategoryTable:
     @property
     def _about_key(self) -> bytes:
         return b"a/" + self.name.encode()
+
+
+def _unpacked(state: bytes) -> tuple[NDArray[np.float32], dict[bytes, NDArray[np.float32]]]:
+    """The rare row (width, 2) and the others (2 width,) of `CategoryTable.state`."""
+    rare, buffer, offsets, vectors = msgpack.unpackb(state)
+    keys = PackedKeys(np.frombuffer(buffer, np.uint8), np.frombuffer(offsets, np.int64))
+    rows = np.frombuffer(vectors, np.float32).reshape(len(keys), len(rare) // 4)
+    return np.frombuffer(rare, np.float32).reshape(-1, 2).copy(), dict(zip(keys, rows, strict=True))
+
+
+def rows_in(state: bytes) -> dict[bytes, bytes | None]:
+    """The rows that `CategoryTable.state` says were served, by key."""
+    rare, rows = _unpacked(state)
+    served: dict[bytes, bytes | None] = {key: row[::2].tobytes() for key, row in rows.items()}
+    return served | {RARE_KEY: rare[:, 0].tobytes()}
 
 
 def read_effects(

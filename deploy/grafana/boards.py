@@ -399,6 +399,17 @@ TRAINER = Board(
                         "events too late to ask": f"sum(rate(livestate_late_predictions_total{_RATE})) or vector(0)",
                     },
                 ),
+                Graph(
+                    "Guard", "short",
+                    {
+                        "{{task}} is held back": "livestate_trainer_guard_holding",
+                        "{{task}} went back": "increase(livestate_trainer_guard_returns_total[10m])",
+                        "versions without {{task}}": "increase(livestate_trainer_guard_held_back_versions_total[10m])",
+                        "{{task}}, evidence (log10)": "livestate_trainer_guard_evidence_log10",
+                    },
+                    "What speaks for a head being worse than its good state; held back from log10 of "
+                    "trainer.guard_false_alarm_labels on, 8 by default.",
+                ),
             ],
         ),
         Section(

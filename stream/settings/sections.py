@@ -416,6 +416,15 @@ class Trainer(_Section, frozen=True):
     sample_share: Annotated[float, Meta(gt=0, le=1)] = 0.1
     #: Time between versions with tensors (heads' weights); those in between have rows of tables only.
     dense_interval_s: Seconds = 0.5
+    #: Whether what a task learned is held back, and given up, where it proves worse than a good state from before.
+    guard: bool = True
+    #: The good state is that of so many labels ago, at most twice as many. Wrong labels in a row that are more are
+    #: taken for a changed world.
+    guard_labels: Annotated[int, Meta(ge=64)] = 5_000
+    #: Share of the good state's loss by which the present one may be worse.
+    guard_tolerance: Annotated[float, Meta(ge=0, le=10)] = 0.05
+    #: What is not worse is held back once in so many labels at most, in the mean.
+    guard_false_alarm_labels: Annotated[float, Meta(ge=1_000, le=1e100)] = 1e8
     #: Address that HTTP listens on.
     http_host: str = "127.0.0.1"
     #: Its port; 0 takes any free one.

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.context import ForkServerProcess
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ from tests.support.processes import metric, wait_for
 from trainer.online import OnlineTrainer
 from trainer.pretrain import random_trunk, save_parameters
 from trainer.record import AnsweredExamples, read_record
+from trainer.tables import rows_in
 
 from .conftest import LiveShop, NewShop
 from .shop import TABLED, posterior, refuse_nothing
@@ -54,6 +56,13 @@ def opened(live: LiveShop) -> Iterator[OnlineTrainer]:
     trainer = OnlineTrainer(live.settings, directory, parameters, TrainerMetrics(), refuse_nothing)
     yield trainer
     trainer.close()
+
+
+def good_state(trainer: OnlineTrainer, which: bytes) -> tuple[object, ...]:
+    """What the guard would go back to: labels, tensors, posterior, and rows by key, as rows have no order."""
+    labels, state, tensors = msgpack.unpackb(trainer.database.get(b"g/redeemed/" + which))
+    _, _, _, parts, tables = msgpack.unpackb(state)
+    return labels, tensors, parts, [rows_in(table) for table in tables]
 
 
 def order(found: AnsweredExamples) -> list[tuple[bytes, int, bool]]:
@@ -115,6 +124,10 @@ def test_a_killed_trainer_ends_bit_for_bit_as_an_undisturbed_one(
         assert np.array_equal(posterior(learned).covariance, posterior(relearned).covariance)
         for rows in (b"r", b"c/", b"a/"):
             assert dict(one.database.scan(rows)) == dict(other.database.scan(rows)) != {}
+        for part in (b"about", b"chunk"):
+            assert one.database.get(b"g/redeemed/" + part) == other.database.get(b"g/redeemed/" + part) is not None
+        for part in (b"good", b"next"):
+            assert good_state(one, part) == good_state(other, part)
         assert one.joiner.waiting == other.joiner.waiting == 0
         # And workers have the same head
         ours, theirs = calm.versions()[0].current, killed.versions()[0].current

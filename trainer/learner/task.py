@@ -142,7 +142,7 @@ class TaskLearner:
         keys: of the rows that it uses.
         """
         self.judge(label, prediction, others)
-        target = self._target(label)
+        target = self.target(label)
         one = Labelled(inputs, target, weight, published_ms, final_ms, log_odds_offset, tuple(keys))
         if not (np.isfinite(inputs).all() and math.isfinite(weight) and math.isfinite(log_odds_offset)):
             self.dropped += 1
@@ -153,10 +153,11 @@ class TaskLearner:
 
     def judge(self, label: Label, prediction: float, others: ArrayLike = ()) -> None:
         """Take how good a prediction was, and learn nothing; see `learn`."""
-        self._judge(np.append(np.float64(prediction), np.asarray(others, np.float64)), self._target(label))
+        self._judge(np.append(np.float64(prediction), np.asarray(others, np.float64)), self.target(label))
         self._changed = True
 
-    def _target(self, label: Label) -> float:
+    def target(self, label: Label) -> float:
+        """A label as a number: 0 or 1, the index of a class, or the value."""
         return float(self._settings.classes.index(label)) if isinstance(label, str) else float(label)
 
     def _judge(self, said: NDArray[np.float64], target: float) -> None:

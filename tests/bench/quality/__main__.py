@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     )  # fmt: skip
     parser.add_argument("--trunk", choices=sorted(TRUNKS), help="that serves (default: the stream's)")
     parser.add_argument("--trunks", nargs="*", choices=sorted(TRUNKS), default=(), help="that are compared")
-    parser.add_argument("--directory", help="keep what the system did here, and go on from what is there")
+    parser.add_argument("--directory", help="keep here what was found, and go on from what is there")
     parser.add_argument("--cases", type=int, help="only the first so many clients")
     parser.add_argument("--rounds", type=int, default=500, help="of the bootstrap (%(default)s)")
     options = parser.parse_args(arguments)
@@ -70,13 +71,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     def tell(text: str) -> None:
         print(f"{time.monotonic() - began:6.0f} s  {text}", file=sys.stderr, flush=True)
 
-    result: dict[str, Any] = {name: _measured(STREAMS[name](options.cases), options, tell) for name in options.stream}
+    with contextlib.ExitStack() as kept:
+        place = options.directory or kept.enter_context(tempfile.TemporaryDirectory(prefix="livestate-quality-"))
+        result: dict[str, Any] = {
+            name: _measured(STREAMS[name](options.cases), place, options, tell) for name in options.stream
+        }
     result |= {"seconds": round(time.monotonic() - began), "machine": machine()}
     print(json.dumps(result))
     return result
 
 
-def _measured(stream: Stream, options: argparse.Namespace, tell: Tell) -> dict[str, Any]:
+def _measured(stream: Stream, place: str, options: argparse.Namespace, tell: Tell) -> dict[str, Any]:
     tell(f"{stream.task}: {len(stream.events):,} events, {len(stream.points):,} points")
     trunk = options.trunk or stream.trunk
 
@@ -86,32 +91,38 @@ def _measured(stream: Stream, options: argparse.Namespace, tell: Tell) -> dict[s
         return made
 
     settings = load(stream.settings)
-    with contextlib.ExitStack() as kept:
-        place = options.directory or kept.enter_context(tempfile.TemporaryDirectory(prefix="livestate-quality-"))
-        directory = Path(place) / stream.task
-        left = lived(directory) or live(stream, directory, make_trunk, options.pace, options.behind)
-        examples = read_record(left.record)[stream.task]
+    directory = Path(place) / stream.task
+    left = lived(directory) or live(stream, directory, make_trunk, options.pace, options.behind)
+    examples = read_record(left.record)[stream.task]
     at = _places(stream.points, examples)
     judged = (stream.points.as_of_ms >= stream.judged_from_ms) & (stream.points.known_ms < NEVER_MS)
     scores, intervals, trunks = {}, {}, {}
 
-    def told(name: str, values: Floats) -> Floats:
-        there = judged & np.isfinite(values)
-        tell(f"{name}: AUC {auc(stream.points.label[there], values[there]):.4f} of {int(there.sum()):,}")
+    def kept(name: str, make: Callable[[], Floats]) -> Floats:
+        """What `make` gives, or gave in an earlier run."""
+        file = directory / f"{name}.npy"
+        if not file.exists():
+            np.save(file, make())
+        values: Floats = np.load(file)
+        several = values.reshape(-1, len(judged))
+        there = judged & np.isfinite(several).all(axis=0)
+        for one in several:
+            tell(f"{name}: AUC {auc(stream.points.label[there], one[there]):.4f} of {int(there.sum()):,}")
         return values
 
-    scores["live"] = told("live", left.prediction)
+    def published() -> Floats:
+        said = published_every(settings, stream.task, examples, stream.judged_from_ms, list(INTERVALS_MS.values()))
+        return np.stack([_at(said[interval], at, len(judged)) for interval in INTERVALS_MS.values()])
+
+    scores["live"] = kept("live", lambda: left.prediction)
     for name, make in _baselines(stream, examples, at, options.refit_days).items():
         if name.startswith(tuple(options.rows)):
-            scores[name] = told(name, make())
-    for name in options.trunks:
-        said = under_trunk(settings, stream, made_trunk(name, settings, stream), examples, at)
-        trunks[name] = told(f"heads over the trunk {name}", _at(said, at, len(stream.points)))
+            scores[name] = kept(f"{name}-{options.refit_days:g}", make)
     if "frozen" in options.rows:
-        same = published_every(settings, stream.task, examples, stream.judged_from_ms, list(INTERVALS_MS.values()))
-        for name, interval in INTERVALS_MS.items():
-            intervals[name] = told(f"published {name}", _at(same[interval], at, len(stream.points)))
+        intervals = dict(zip(INTERVALS_MS, kept("published", published), strict=True))
         scores["frozen"] = intervals["never"]
+    for name in options.trunks:
+        trunks[name] = kept(f"trunk-{name}", partial(_over, name, settings, stream, examples, at))
     for values in [*scores.values(), *intervals.values(), *trunks.values()]:
         judged &= np.isfinite(values)
     return {
@@ -120,6 +131,12 @@ def _measured(stream: Stream, options: argparse.Namespace, tell: Tell) -> dict[s
         "trunk": trunk, "refit_days": options.refit_days, "pace": options.pace or stream.pace,
         "versions": left.versions, "live_s": round(left.seconds),
     }  # fmt: skip
+
+
+def _over(trunk: str, settings: Settings, stream: Stream, examples: AnsweredExamples, at: NDArray[np.int64]) -> Floats:
+    """(points,) what heads would have said over that trunk."""
+    said = under_trunk(settings, stream, made_trunk(trunk, settings, stream), examples, at)
+    return _at(said, at, len(stream.points))
 
 
 def _places(points: Points, examples: AnsweredExamples) -> NDArray[np.int64]:

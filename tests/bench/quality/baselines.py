@@ -49,13 +49,15 @@ def boosted(stream: Stream, features: NDArray[np.float32], every_days: float, pa
         # A share, as the first fits of a small stream have few examples.
         leaf = min(stream.leaf_examples, max(20, len(known) // 20))
         log_odds = np.zeros(len(due))
-        for seed in range(1, stream.fits + 1):
+        # Without draws, one fit is like another.
+        fits = stream.fits if parameters is REGULARISED else 1
+        for seed in range(1, fits + 1):
             chosen = {**parameters, "seed": seed}
             if parameters is REGULARISED:
                 chosen["min_data_in_leaf"] = leaf
             data = Dataset(features[known], points.label[known].astype(np.float32), params=chosen)
             log_odds += np.asarray(train(chosen, data).predict(features[due], raw_score=True, num_threads=1))
-        out[due] = _chance(log_odds / stream.fits)
+        out[due] = _chance(log_odds / fits)
     return out
 
 
@@ -63,6 +65,9 @@ def logistic_refit(stream: Stream, every_days: float) -> Floats:
     """(n,) of logistic regression with an L2 penalty on the standardised aggregates, refitted to convergence."""
     points = stream.points
     x = _dense(points)
+    spread = x.std(axis=0)
+    x = np.clip((x - x.mean(axis=0)) / np.where(spread > 1e-3, spread, 1.0), -6.0, 6.0)
+    x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
     out = np.full(len(points), np.nan)
     weight = np.zeros(x.shape[1])
     for known, due in _refits(points, stream.judged_from_ms, every_days):
@@ -80,10 +85,7 @@ def _dense(points: Points) -> Floats:
     filled = np.where(seen, np.sign(numbers) * np.log1p(np.abs(np.nan_to_num(numbers))), 0.0)
     absent = ~seen[:, ~seen.all(axis=0)]
     hot = [codes[:, [i]] == np.unique(codes[:, i])[None, :] for i in range(codes.shape[1])]
-    parts = np.concatenate([filled, absent, *hot], axis=1).astype(np.float64)
-    spread = parts.std(axis=0)
-    parts = np.clip((parts - parts.mean(axis=0)) / np.where(spread > 1e-3, spread, 1.0), -6.0, 6.0)
-    return np.concatenate([parts, np.ones((len(parts), 1))], axis=1)
+    return np.concatenate([filled, absent, *hot], axis=1).astype(np.float64)
 
 
 def _chance(log_odds: Floats) -> Floats:

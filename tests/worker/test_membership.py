@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from stream import ports
 from stream.broker import Broker
 from stream.errors import StoreError
 from stream.membership import Membership
 from stream.store import StoreLocked
-from tests.support import processes
 from tests.support.processes import http_get, metric, wait_for
 from tests.worker.conftest import System
 
@@ -87,7 +87,7 @@ def test_a_worker_that_is_told_to_stop_leaves_its_partitions_to_others(
     system = System(apache_broker, tmp_path)
     system.environment["LIVESTATE_KAFKA__SESSION_TIMEOUT_S"] = "120"
     system.publish_parameters()
-    other = processes.free_port()
+    other = ports.free_port()
     with system.worker(free_port, "a") as first, system.worker(other, "b") as second:
         wait_for(
             lambda: all(metric(port, "livestate_partitions_assigned") == 1 for port in (free_port, other)),

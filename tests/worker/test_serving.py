@@ -11,11 +11,11 @@ import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
+from stream import ports
 from stream.broker import Broker
 from stream.kafka import producer_config
 from stream.partitioner import partition_of
 from stream.wire import decode_embedding, encode_event, encode_event_json
-from tests.support import processes
 from tests.support.processes import Livestate, http_get, metric, wait_for
 from tests.support.truth import check_partition, read_topic
 from tests.worker.conftest import System
@@ -201,7 +201,7 @@ def test_a_paused_worker_cannot_write_over_its_successor(new_system: Callable[..
     system = new_system()
     system.environment["LIVESTATE_WORKER__CHECKPOINT_INTERVAL_S"] = "3600"
     system.publish_parameters()
-    first, second_port = system.worker(free_port, "a"), processes.free_port()
+    first, second_port = system.worker(free_port, "a"), ports.free_port()
     with first:
         _ready(free_port)
         system.publish(400)

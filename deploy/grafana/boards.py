@@ -355,7 +355,8 @@ TRAINER = Board(
     [
         Tile("Ready", 'min(livestate_ready{job="livestate-trainer"})', "short", _ALL, "1 where the trainer is.", 0),
         Tile(
-            "Behind by", "livestate:trainer_lag_events:sum", "short", _below(10_000, 100_000), "Records not read yet."
+            "Behind by", "max(livestate_trainer_lag_seconds)", "s", _below(5, 30),
+            "Age of the oldest event or feedback that waits for the trainer.",
         ),
         Tile(
             "Worst AUC", "min(livestate_prequential_auc)", "none", _above(0.5, 0.55),
@@ -427,7 +428,13 @@ TRAINER = Board(
                         "labels for their window": "livestate_held_labels",
                     },
                 ),
-                Graph("Trainer's lag", "short", {"{{topic}}": "livestate_trainer_lag_events"}),
+                Graph("Records that wait", "short", {"{{topic}}": "livestate_trainer_lag_events"}),
+                Graph("Age of the oldest one", "s", {"fetched and not taken": "livestate_trainer_lag_seconds"}),
+                Graph(
+                    "Share of labels learned from", "percentunit",
+                    {"of those that came": "livestate_trainer_label_share"},
+                    "Below all of them while the trainer is behind and trainer.when_behind is sample.",
+                ),
             ],
         ),
         Section(

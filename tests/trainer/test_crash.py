@@ -19,13 +19,26 @@ from trainer.record import AnsweredExamples, read_record
 from trainer.tables import rows_in
 
 from .conftest import LiveShop, NewShop
-from .shop import TABLED, posterior, refuse_nothing
+from .shop import TABLED, TOML, posterior, refuse_nothing
 from .test_online import year
 
 CLIENTS = 6_000
 KILLS = 20
-#: Events that all the kills together may let it apply, of four times as many.
-STREAM = CLIENTS
+#: A network, and trees that are fitted again every day of the twenty.
+ENSEMBLE = (
+    TOML.replace("prior_variance = 0.1", 'head = ["mlp", "gbdt"]\nkeep_examples = 1024')
+    + """
+[tasks.redeemed.mlp]
+hidden = 8
+members = 2
+[tasks.redeemed.gbdt]
+least_examples = 100
+leaf_examples = 5
+trees = 10
+refit_interval_s = 43_200
+delay_s = 7_200
+"""
+)
 
 
 def finish(live: LiveShop, port: int, trunk: str) -> float:
@@ -69,14 +82,14 @@ def order(found: AnsweredExamples) -> list[tuple[bytes, int, bool]]:
     return list(zip(found.client_id, found.as_of_ms.tolist(), found.label.tolist(), strict=True))
 
 
-def strike(process: ForkServerProcess, port: int, random: np.random.Generator) -> bool:
-    """Kill a trainer at a random moment; True where it had applied something."""
+def strike(process: ForkServerProcess, port: int, random: np.random.Generator, most: float) -> bool:
+    """Kill a trainer at a random moment, when it has applied `most` events or fewer; True where it had applied some."""
     if random.random() < 0.2:
         # While it starts, most likely.
         process.join(float(random.uniform(0.0, 0.6)))
     else:
         # So few events each time that the last kill meets it at work, too.
-        enough = random.uniform(1, STREAM / KILLS)
+        enough = random.uniform(1, most)
         wait_for(lambda: metric(port, "livestate_trainer_events_total") >= enough, 60, f"{enough:.0f} events applied")
         # Of any length, so that the kill may meet a batch, a version or a checkpoint.
         process.join(float(random.uniform(0.0, 0.02)))
@@ -87,35 +100,41 @@ def strike(process: ForkServerProcess, port: int, random: np.random.Generator) -
     return at_work
 
 
-@pytest.mark.timeout(600)
-def test_a_killed_trainer_ends_bit_for_bit_as_an_undisturbed_one(
-    new_embedded_shop: NewShop, free_port: int, request: pytest.FixtureRequest
-) -> None:
-    # Given events and feedback on the broker, and a trainer that reads them undisturbed
-    options = {"TRAINER__HTTP_PORT": str(free_port), "TRAINER__CHECKPOINT_INTERVAL_S": "0.05"}
-    calm = new_embedded_shop(toml=TABLED, **options)
-    events, feedback = year(CLIENTS)
+def disturb(new_shop: NewShop, port: int, seed: int, toml: str, clients: int, kills: int) -> tuple[LiveShop, LiveShop]:
+    """Two shops with the same input, read to the end: by a trainer that is left alone, and by one that is killed."""
+    options = {"TRAINER__HTTP_PORT": str(port), "TRAINER__CHECKPOINT_INTERVAL_S": "0.05"}
+    calm = new_shop(toml=toml, **options)
+    events, feedback = year(clients)
     calm.publish(calm.settings.topics.events, events)
     calm.publish(calm.settings.topics.feedback, feedback)
     trunk = calm.directory / "trunk.msgpack"
     save_parameters(trunk, random_trunk(calm.settings, []))
-    finish(calm, free_port, str(trunk))
-    # When another one reads the same and is killed at random moments
-    killed = new_embedded_shop(
+    finish(calm, port, str(trunk))
+    killed = new_shop(
         TOPICS__EVENTS=calm.settings.topics.events,
         TOPICS__FEEDBACK=calm.settings.topics.feedback,
-        toml=TABLED,
+        toml=toml,
         **options,
     )
-    seed = request.config.getoption("--seed")
     print(f"the moments are those of --seed {seed}")
     random = np.random.default_rng(seed)
     arguments = ("--trunk", str(trunk), "--record", str(killed.directory / "record"))
-    at_work = sum(strike(killed.forked(*arguments), free_port, random) for _ in range(KILLS))
-    left = finish(killed, free_port, str(trunk))
-    # Then both know the same: nothing was lost, and nothing learned twice
-    assert at_work > KILLS / 2, "too few kills met a trainer at work"
+    # All the kills together let it apply about a quarter of the events.
+    at_work = sum(strike(killed.forked(*arguments), port, random, clients / kills) for _ in range(kills))
+    left = finish(killed, port, str(trunk))
+    assert at_work > kills / 2, "too few kills met a trainer at work"
     assert left > 0, "it had read everything before the last kill"
+    return calm, killed
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_trainer_ends_bit_for_bit_as_an_undisturbed_one(
+    new_embedded_shop: NewShop, free_port: int, request: pytest.FixtureRequest
+) -> None:
+    # Given events and feedback, a trainer that reads them undisturbed, and one that is killed at random moments
+    seed = request.config.getoption("--seed")
+    calm, killed = disturb(new_embedded_shop, free_port, seed, TABLED, CLIENTS, KILLS)
+    # Then both know the same: nothing was lost, and nothing learned twice
     with opened(calm) as one, opened(killed) as other:
         learned, relearned = one.learners["redeemed"], other.learners["redeemed"]
         assert learned.labels == relearned.labels >= CLIENTS
@@ -142,3 +161,26 @@ def test_a_killed_trainer_ends_bit_for_bit_as_an_undisturbed_one(
     records = [read_record(live.directory / "record")["redeemed"] for live in (calm, killed)]
     assert order(records[0]) == order(records[1])
     assert len(records[0]) >= CLIENTS
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_network_and_killed_trees_end_as_undisturbed_ones(
+    new_embedded_shop: NewShop, free_port: int, request: pytest.FixtureRequest
+) -> None:
+    # Given a head of a network and trees, and a trainer that is killed at random moments, also while trees are fitted
+    seed = request.config.getoption("--seed")
+    calm, killed = disturb(new_embedded_shop, free_port, seed, ENSEMBLE, clients=1_500, kills=6)
+    # Then what is published is that of an undisturbed one, bit for bit
+    ours, theirs = calm.versions()[0].current, killed.versions()[0].current
+    assert ours is not None
+    assert theirs is not None
+    parts = {"head/redeemed/mlp/input", "head/redeemed/mlp/output", "head/redeemed/gbdt/text"}
+    assert parts < set(ours)
+    assert {name: one.tobytes() for name, one in ours.items()} == {name: one.tobytes() for name, one in theirs.items()}
+    with opened(calm) as one, opened(killed) as other:
+        # And so are the states that they learn on from, and the examples that they keep for that
+        assert one.learners["redeemed"].labels >= 1_500
+        assert one.learners["redeemed"].state() == other.learners["redeemed"].state()
+        kept = dict(one.database.scan(b"t/redeemed/x/"))
+        assert kept == dict(other.database.scan(b"t/redeemed/x/"))
+        assert len(kept) > 4

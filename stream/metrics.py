@@ -34,7 +34,7 @@ LABELS = {
     "cause": "why a row ended: `age`, `cap`",
     "head": "parts of a task's head in the settings, and `average`",
     "label": "`positive`, `negative`",
-    "outcome": "what becomes of feedback (`trainer.joiner.OUTCOMES`)",
+    "outcome": "what becomes of feedback (`trainer.joiner`), or of labels for a trunk (`trainer.trunk_training`)",
     "partition": "numbers below topics.partitions",
     "reason": "why a record is refused (`stream.wire.REASONS`)",
     "route": "paths that a server answers, as the OpenAPI document writes them, and `other`",
@@ -395,6 +395,14 @@ class TrainerMetrics(ProcessMetrics):
             "Negatives not learned from, as tasks.NAME.negative_rate leaves them out.",
             ["task"], registry=r,
         )  # fmt: skip
+        self.trunk_labels = Counter(
+            "livestate_trunk_labels",
+            "Labels that came to a trunk that learns online, by what became of them: learned; outside the client's "
+            "window; without a head to learn through; not finite; too many at once.",
+            ["task", "outcome"],
+            registry=r,
+        )
+        self.trunk_steps = Counter("livestate_trunk_steps", "Steps of a trunk that learns online.", registry=r)
         self.late_predictions = Counter(
             "livestate_late_predictions",
             "Events that ask for a prediction but came after a newer one of their client: no examples.",

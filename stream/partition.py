@@ -50,7 +50,8 @@ class Served:
 class Serving:
     """What all rows of one trunk are served with; whoever has rows of it finds the latest here.
 
-    `latest` is replaced as a whole, between micro-batches, by another of the same engine.
+    `latest` is replaced as a whole, between micro-batches, by another of the same engine, or of an online trunk's later
+    one.
     """
 
     latest: Served

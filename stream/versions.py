@@ -1,7 +1,8 @@
 """The parameters a worker serves with: the latest whole version, swapped in between micro-batches.
 
 Guaranteed: a partition is served by the latest version whose trunk its rows were made by; no micro-batch sees parts of
-two versions. A version counts as applied once every partition here is served by it.
+two versions. A version counts as applied once every partition here is served by it. Of an online trunk, later versions
+move rows on from where they are; a trunk of the other kind than `model.trunk` is refused.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from stream.errors import BrokerError
+from stream.errors import BrokerError, ParametersError
 from stream.metrics import WorkerMetrics
 from stream.model.engine import Engine
 from stream.model.heads import Questions
 from stream.model.layout import Layout
+from stream.model.parameters import ParameterSet
 from stream.owned import OwnedPartition
 from stream.parameter_log import Marker, ParameterReader
 from stream.partition import Served, Serving
@@ -66,7 +68,12 @@ class Versions:
         return [(n, one) for n, one in sorted(self._owned.items()) if one.serving is not self.serving]
 
     def swap(self) -> None:
-        """Between micro-batches: serve the latest whole version, where the rows are of its trunk."""
+        """Between micro-batches: serve the latest whole version, where the rows are of its trunk.
+
+        Raises
+        ------
+        ParametersError: it does not fit the settings.
+        """
         staged = self._reader.staged
         before = self.serving.latest if self.serving is not None else None
         if staged is None or (before is not None and staged[0].version <= before.version):
@@ -74,9 +81,10 @@ class Versions:
         settled = self._reader.settle(before.engine.trunk_id if before is not None else None)
         assert settled is not None
         parameters, self._marker = settled
+        self._check_kind(parameters)
         heads = self._questions.heads(parameters)
-        if self.serving is not None and parameters.trunk_id == self.serving.latest.engine.trunk_id:
-            engine = self.serving.latest.engine
+        if self.serving is not None and before is not None and parameters.trunk_id == before.engine.trunk_id:
+            engine = before.engine.moved(parameters) if parameters.is_online else before.engine
             self.serving.latest = Served(engine, self._questions, heads, parameters.version)
         else:
             engine = Engine(self._layout, parameters)
@@ -84,6 +92,14 @@ class Versions:
             logger.info("trunk %s", engine.trunk_id)
             self.serving = Serving(Served(engine, self._questions, heads, parameters.version))
         self.note()
+
+    def _check_kind(self, parameters: ParameterSet) -> None:
+        kind, wanted = "online" if parameters.is_online else "fixed", self._layout.settings.model.trunk
+        if kind != wanted:
+            raise ParametersError(
+                f"version {parameters.version} has a trunk that is {kind}, but model.trunk = {wanted!r}: expected the "
+                f"same setting for trainer and workers; where it is changed, rows are rebuilt from the events"
+            )
 
     def note(self) -> None:
         """Count the latest version as applied, if every partition here is served by it."""

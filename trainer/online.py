@@ -44,6 +44,7 @@ from trainer.replica import Replica, late_events
 from trainer.sampling import NegativeSampling
 from trainer.tables import CategoryTable
 from trainer.timeline import EVENTS, FEEDBACK, Record, block_of
+from trainer.trunk_training import STATE, TrunkTraining
 
 __all__ = ["BATCH_RECORDS", "OnlineTrainer"]
 
@@ -118,6 +119,12 @@ class OnlineTrainer:
                 )
             self.positions = {(kind, p): offset for kind, p, offset in loaded["positions"]}
             self.version_floor = loaded["version"]
+            written, wanted = "online" if loaded.get("online") else "fixed", settings.model.trunk
+            if written != wanted:
+                raise StoreError(
+                    f"the checkpoint in {str(database.path)!r} was made with model.trunk = {written!r}, which is "
+                    f"{wanted!r} now: restore it, or bring the trunk in with `livestate rebuild`"
+                )
             recorded = loaded["recorded"]
             watermarks = dict(loaded["watermarks"])
             waiting = loaded["waiting"]
@@ -128,12 +135,12 @@ class OnlineTrainer:
             raise StoreError(
                 f"the trainer's database {str(database.path)!r} has no checkpoint and no parameters were given"
             )
-        parameters = self._fitting(parameters)
+        parameters = self._fitting(parameters).of_kind(settings.model.trunk)
         self.parameters = parameters
-        self._parameters_saved = self.resumed
+        #: As the database has them.
+        self._saved: Mapping[str, Tensor] = parameters if self.resumed else {}
         self.engine = Engine(self.layout, parameters)
         self.engine.cell.self_check(np.random.default_rng(settings.model.seed))
-        self.replica = Replica(database, self.layout.width, settings.store.memory_rows, *row_ttls(settings))
         self.joiner = Joiner(
             database,
             {name: int(task.feedback_ttl_s * 1000) for name, task in settings.tasks.items()},
@@ -162,6 +169,18 @@ class OnlineTrainer:
             for name, task in settings.tasks.items()
         }
         self._poison = Poison(settings, self.metrics, self._refuse)
+        self.trunk = (
+            TrunkTraining(
+                self.layout, database, parameters, self.learners,
+                {name: sampling.log_odds_offset for name, sampling in self._sampling.items()},
+                self.metrics, self._poison.send,
+            )
+            if parameters.is_online else None
+        )  # fmt: skip
+        beside = None if self.trunk is None else self.trunk.windows
+        self.replica = Replica(
+            database, self.layout.width, settings.store.memory_rows, *row_ttls(settings), beside=beside
+        )
         self.history = History(database, settings.trainer.history_versions)
         self.guards = Guards(self.learners, settings, metrics=self.metrics)
         self.guards.load(database)
@@ -209,6 +228,8 @@ class OnlineTrainer:
             self.replica.prolong(slots, columns.timestamp_ms, columns.offsets, columns.modality)
             advanced = self.engine.advance(columns, slots, self.replica)
             events = advanced.events
+            if self.trunk is not None:
+                self.trunk.windows.extend(advanced.encoded, columns.timestamp_ms, self.engine)
             partitions = np.array([record.partition for record in records], np.int64)
             before = self._watermarks_before(partitions, columns)
             self._capture(records, columns, advanced.triggers, late, before)
@@ -322,7 +343,15 @@ class OnlineTrainer:
             if joined is not None:
                 self._learn(joined)
             self._settle(lambda: self.joiner.watermarks, record.timestamp_ms)
+            if self.trunk is not None:
+                self._go_on_with(self.trunk.learn(self.replica, self.joiner.watermarks))
         self._move(FEEDBACK, records)
+
+    def _go_on_with(self, learned: Mapping[str, Tensor] | None) -> None:
+        """Move rows on under a trunk with these tensors; None: as it is."""
+        if learned is not None:
+            self.parameters = self.parameters.updated(learned, self.parameters.version)
+            self.engine = self.engine.moved(self.parameters)
 
     def _learn(self, label: Joined) -> None:
         joined = sampled(label, self.label_share)
@@ -342,6 +371,8 @@ class OnlineTrainer:
                 keys=example.keys,
             )  # fmt: skip
             self._poison.learned(joined, learner.dropped)
+            if self.trunk is not None and not learner.dropped:
+                self.trunk.note(joined)
         else:
             self.metrics.sampled_out.labels(example.task).inc()
             learner.judge(joined.label, example.prediction, example.others)
@@ -362,6 +393,8 @@ class OnlineTrainer:
     def tensors(self) -> dict[str, Tensor]:
         """What a version published now would hold: the trunk, and every task's head; of one that is held back, what is
         served. Then `tables`, and the rest."""
+        if self.trunk is not None:
+            self.trunk.offer()
         return {**self.parameters, **self.guards.tensors(self._served)}
 
     def tables(self) -> dict[str, TableRows]:
@@ -389,7 +422,8 @@ class OnlineTrainer:
     @property
     def has_changed(self) -> bool:
         """Whether something was learned that no confirmed version has and that may be published."""
-        return bool(self.unpublished()) or self.has_touched
+        moved = self.trunk is not None and self.trunk.has_changed
+        return moved or bool(self.unpublished()) or self.has_touched
 
     @property
     def has_touched(self) -> bool:
@@ -415,10 +449,13 @@ class OnlineTrainer:
     def confirm(self, included: dict[str, int]) -> None:
         """These many labels of each task are in a confirmed version."""
         self.guards.confirm(included)
+        if self.trunk is not None:
+            self.trunk.confirm()
 
     def states(self) -> dict[str, bytes]:
         """By task, what a version published now is made from; for `keep`."""
-        return {task: learner.state() for task, learner in self.learners.items()}
+        states = {task: learner.state() for task, learner in self.learners.items()}
+        return states if self.trunk is None else {**states, STATE: self.trunk.state()}
 
     def keep(
         self, version: ParameterSet, epoch: int, created_ms: int, states: Mapping[str, bytes], equals: int | None = None
@@ -458,6 +495,8 @@ class OnlineTrainer:
         for task, learner in self.learners.items():
             learner.restore(states.get(task))
         self.guards.trust()
+        if self.trunk is not None:
+            self._go_on_with(self.trunk.restore(states[STATE]))
 
     def checkpoint(self, version: int) -> None:
         """Write everything as one.
@@ -479,15 +518,18 @@ class OnlineTrainer:
         for learner in self.learners.values():
             learner.save(changes)
         self.guards.save(changes)
-        if not self._parameters_saved:
-            for name, tensor in self.parameters.items():
+        for name, tensor in self.parameters.items():
+            if name not in self._saved or self._saved[name] is not tensor:
                 changes[_PARAMETER + name.encode()] = pack_array(tensor)
+        if self.trunk is not None:
+            self.trunk.save(changes)
         if self.recorder is not None:
             self._recorded = self.recorder.length
         changes[_STATE] = msgpack.packb(
             {
                 "layout": self.layout.fingerprint,
                 "trunk": self.parameters.trunk_id,
+                "online": self.trunk is not None,
                 "positions": [[kind, p, offset] for (kind, p), offset in self.positions.items()],
                 "watermarks": self.joiner.watermarks,
                 "waiting": self.joiner.waiting,
@@ -496,7 +538,9 @@ class OnlineTrainer:
             }
         )
         self.database.write(changes)
-        self._parameters_saved = True
+        self._saved = self.parameters
+        if self.trunk is not None:
+            self.trunk.saved()
         self.replica.saved()
         self.joiner.saved()
         self.history.saved()

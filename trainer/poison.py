@@ -46,9 +46,10 @@ class Poison:
         recent = self._recent[joined.example.task]
         recent.append(joined)
         for one in reversed([recent.pop() for _ in range(min(dropped, len(recent)))]):
-            self._send(one)
+            self.send(one, "it was not learned from")
 
-    def _send(self, joined: Joined) -> None:
+    def send(self, joined: Joined, consequence: str) -> None:
+        """Send the feedback of one example."""
         example = joined.example
         client_id = example.client_id.decode()
         value = encode_feedback(
@@ -62,7 +63,7 @@ class Poison:
         )  # fmt: skip
         detail = (
             f"task = {example.task!r}, as_of_ms = {example.as_of_ms}: expected an example whose inputs, loss and "
-            f"gradient are finite; it was not learned from"
+            f"gradient are finite; {consequence}"
         )
         self._metrics.dead_letters.labels(NOT_FINITE).inc()
         self._refuse(record, RecordError(NOT_FINITE, detail))

@@ -11,8 +11,7 @@ state wherever it is cut.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +29,7 @@ from stream.wire import EventDecoder, FeedbackRecord, RecordBlock, Schema
 from trainer.files import load_parameters, read_event_file, save_parameters
 from trainer.labelled import History, placed_labels
 from trainer.objectives import Answer, Answers, NextEvent, Targets, baseline_loss
+from trainer.trunk import encoded_events, one_thread
 from trainer.vocabulary import Survey
 
 __all__ = [
@@ -76,7 +76,7 @@ def random_trunk(settings: Settings, blocks: Iterable[RecordBlock]) -> Parameter
     decoder = EventDecoder(layout.schema, settings.limits, settings.topics.format)
     survey = Survey(layout)
     survey.extend(decoder.decode(block) for block in blocks)
-    with _one_thread():
+    with one_thread():
         return _Trunk(layout, survey, torch.Generator().manual_seed(settings.model.seed)).parameters_set()
 
 
@@ -106,7 +106,7 @@ def fit(
     survey = Survey(layout)
     survey.extend(decoder.decode(block) for block in kept)
     tell(0.05, f"{survey.events:,} events read")
-    with _one_thread():
+    with one_thread():
         generator = torch.Generator().manual_seed(settings.model.seed)
         trunk = _Trunk(layout, survey, generator)
         history, slot = _encode(layout, decoder, survey, kept)
@@ -139,12 +139,7 @@ class _Trunk(nn.Module):
 
     def forward(self, dense: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """States (b, t, H) of sequences from zero; dense (b, t, inputs), codes (b, t, fields), -1 absent."""
-        parts = [dense]
-        for field, table in enumerate(self.tables):
-            code = codes[..., field]
-            embedded = nn.functional.embedding(code.clamp(min=0), table)
-            parts.append(embedded * (code >= 0).unsqueeze(-1))
-        states: torch.Tensor = self.cell(torch.cat(parts, dim=-1))[0]
+        states: torch.Tensor = self.cell(encoded_events(dense, codes, list(self.tables)))[0]
         return states
 
     def parameters_by_name(self) -> dict[str, torch.Tensor]:
@@ -319,14 +314,3 @@ def _train(
     return float(loss), constant + settings.pretrain.label_weight * answered.constant_loss(
         [one.take(held_out) for one in answers]
     )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums in an order that does not depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numba import njit
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from stream.errors import StoreError
 from trainer.checkpoint import Changes, Database
 
-__all__ = ["Replica", "late_events"]
+__all__ = ["Beside", "Replica", "late_events"]
 
 _PREFIX = b"r"
 _HEADER_BYTES = 24
@@ -35,6 +36,16 @@ _FOR_EVER = 2**61
 _FIRST_ROWS = 1024
 #: Rows looked at for their time to live in one sweep.
 _SWEEP_ROWS = 5_000
+
+
+class Beside(Protocol):
+    """What lies under the same slots as rows and lives as long; keys are those of rows."""
+
+    def grow(self, rows: int) -> None: ...
+    def reset(self, slot: int) -> None: ...
+    def read(self, keys: Sequence[bytes], slots: Sequence[int]) -> None: ...
+    def save(self, keys: Sequence[bytes], slots: Sequence[int], changes: Changes) -> None: ...
+    def end(self, key: bytes, changes: Changes) -> None: ...
 
 
 class Replica:
@@ -48,6 +59,7 @@ class Replica:
     memory_rows: rows kept in memory between checkpoints.
     ttl_ms: time to live in event time against the partition's watermark; None: for ever.
     event_ttls_ms: the same of events of each modality, where they differ.
+    beside: goes with the rows.
     """
 
     def __init__(
@@ -57,9 +69,11 @@ class Replica:
         memory_rows: int,
         ttl_ms: int | None,
         event_ttls_ms: Sequence[int | None] = (),
+        beside: Beside | None = None,
     ) -> None:
         self._database = database
         self._width = width
+        self._beside = beside
         self._limit = memory_rows
         self._default_ms = _FOR_EVER if ttl_ms is None else ttl_ms
         self._event_ms = np.array([_FOR_EVER if ttl is None else ttl for ttl in event_ttls_ms], np.int64)
@@ -95,6 +109,21 @@ class Replica:
         self, clients: Sequence[bytes], partitions: Sequence[int], watermarks: dict[int, int]
     ) -> NDArray[np.int64]:
         """(n,) slot of each client's row, read back or made new where needed, and marked as changed."""
+        found = self._find(clients, partitions)
+        for slot in np.unique(found[self._over(found, partitions, watermarks)]).tolist():
+            self._reset(slot)
+        self._dirty[found] = True
+        return found
+
+    def look(
+        self, clients: Sequence[bytes], partitions: Sequence[int], watermarks: dict[int, int]
+    ) -> NDArray[np.int64]:
+        """(n,) slot of each client's row as it is, -1 where it has none or that has expired."""
+        found = self._find(clients, partitions)
+        alive = (self.events_seen[found] > 0) & ~self._over(found, partitions, watermarks)
+        return np.where(alive, found, -1)
+
+    def _find(self, clients: Sequence[bytes], partitions: Sequence[int]) -> NDArray[np.int64]:
         prefixes = {p: _prefix(p) for p in set(partitions)}
         keys = [prefixes[p] + client for client, p in zip(clients, partitions, strict=True)]
         get = self._slot.get
@@ -104,11 +133,8 @@ class Replica:
             self._admit(list(dict.fromkeys(keys[i] for i in missing)))
             for i in missing.tolist():
                 found[i] = self._slot[keys[i]]
-        if self._ends:
-            self._expire(found, np.asarray(partitions, np.int64), watermarks)
         self._tick += 1
         self._used[found] = self._tick
-        self._dirty[found] = True
         return found
 
     def _admit(self, keys: list[bytes]) -> None:
@@ -123,13 +149,19 @@ class Replica:
                 self._reset(slot)
             else:
                 self._decode(slot, row)
+        if self._beside is not None:
+            there = [key for key, row in zip(keys, stored, strict=True) if row is not None]
+            self._beside.read(there, [self._slot[key] for key in there])
 
-    def _expire(self, slots: NDArray[np.int64], partitions: NDArray[np.int64], watermarks: dict[int, int]) -> None:
-        now = np.array([watermarks.get(p, 0) for p in partitions.tolist()], np.int64)
+    def _over(
+        self, slots: NDArray[np.int64], partitions: Sequence[int], watermarks: dict[int, int]
+    ) -> NDArray[np.bool_]:
+        """(n,) whether the row there is past its time to live."""
+        if not self._ends:
+            return np.zeros(len(slots), np.bool_)
+        now = np.array([watermarks.get(p, 0) for p in partitions], np.int64)
         deadline = self._deadline_ms[slots] if len(self._event_ms) else self.last_event_ms[slots] + self._default_ms
-        over = (self.events_seen[slots] > 0) & (deadline <= now)
-        for slot in np.unique(slots[over]).tolist():
-            self._reset(slot)
+        return (self.events_seen[slots] > 0) & (deadline <= now)
 
     def prolong(
         self,
@@ -160,6 +192,8 @@ class Replica:
         return _HEADER_BYTES + 4 * self._width
 
     def _reset(self, slot: int) -> None:
+        if self._beside is not None:
+            self._beside.reset(slot)
         self._deadline_ms[slot] = 0
         self.vectors[slot] = 0.0
         self.events_seen[slot] = 0
@@ -187,6 +221,8 @@ class Replica:
         self._deadline_ms = np.concatenate([self._deadline_ms, np.zeros(added, np.int64)])
         self._dirty = np.concatenate([self._dirty, np.zeros(added, np.bool_)])
         self._used = np.concatenate([self._used, np.zeros(added, np.int64)])
+        if self._beside is not None:
+            self._beside.grow(rows)
         self._key += [b""] * added
         self._free += range(rows - 1, before - 1, -1)
 
@@ -209,6 +245,8 @@ class Replica:
         for key in self._expired:
             if key not in self._slot:
                 changes[key] = None
+                if self._beside is not None:
+                    self._beside.end(key, changes)
         dirty = np.flatnonzero(self._dirty)
         header = np.stack([self.events_seen[dirty], self.last_event_ms[dirty], self.applied_offset[dirty]], axis=1)
         parts = [header.view(np.uint8).reshape(len(dirty), _HEADER_BYTES), self.vectors[dirty].view(np.uint8)]
@@ -219,6 +257,9 @@ class Replica:
         data = encoded.tobytes()
         for i, slot in enumerate(dirty.tolist()):
             changes[self._key[slot]] = data[i * size : (i + 1) * size]
+        if self._beside is not None:
+            slots = dirty.tolist()
+            self._beside.save([self._key[slot] for slot in slots], slots, changes)
 
     def saved(self) -> None:
         """The checkpoint is written: nothing is owed, and rows beyond the limit may leave memory."""

@@ -7,6 +7,7 @@ thread.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,7 +19,7 @@ from stream.errors import ParametersError
 from stream.model import kernels
 from stream.model.cell import Cell
 from stream.model.layout import Layout
-from stream.model.parameters import ParameterSet
+from stream.model.parameters import ParameterSet, Tensor
 from stream.model.values import ValueTable
 from stream.wire import EventColumns
 
@@ -54,13 +55,14 @@ class Triggers:
 @dataclass(frozen=True)
 class Advanced:
     """What a batch did: `slots` (u,) of the rows that changed, `last_event` (u,) the index of the last event of
-    each, `events` applied, `waves` run, and the triggers."""
+    each, `events` applied, `waves` run, the triggers, and the batch as it was encoded."""
 
     slots: NDArray[np.int64]
     last_event: NDArray[np.int64]
     events: int
     waves: int
     triggers: Triggers
+    encoded: Encoded
 
 
 @dataclass(frozen=True)
@@ -137,15 +139,11 @@ class Engine:
         if events == 0:
             nothing = np.empty(0, np.int64)
             empty = Triggers(nothing, nothing, np.empty((0, layout.hidden), np.float32), encoded.trigger_memory)
-            return Advanced(nothing, nothing, 0, 0, empty)
-        inputs = np.empty((events, layout.inputs), np.float32)
+            return Advanced(nothing, nothing, 0, 0, empty, encoded)
         event_at = np.empty(events, np.int64)
-        kernels.assemble(
-            encoded.position, encoded.dense, encoded.codes, self._tables,
-            self._table_start, self._table_width, self._table_column, inputs, event_at,
-        )  # fmt: skip
-        states = np.empty((events, layout.hidden), np.float32)
-        self.cell.run(inputs, encoded.starts, rows.vectors, encoded.slots, states)
+        states = self._run(
+            encoded.position, encoded.dense, encoded.codes, encoded.starts, rows.vectors, encoded.slots, event_at
+        )
         kernels.scatter_hidden(states, encoded.last, encoded.slots, layout.hidden, rows.vectors)
         hidden = states[encoded.position[encoded.trigger_event]]
         return Advanced(
@@ -154,7 +152,74 @@ class Engine:
             events=events,
             waves=len(encoded.starts) - 1,
             triggers=Triggers(encoded.trigger_event, encoded.trigger_seen, hidden, encoded.trigger_memory),
+            encoded=encoded,
         )
+
+    def step(
+        self,
+        dense: NDArray[np.float32],
+        codes: NDArray[np.int32],
+        starts: NDArray[np.int64],
+        first: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        """(n, H) states after n encoded events in wave order; the same bits that `advance` gave them.
+
+        Parameters
+        ----------
+        dense: (n, dense inputs).
+        codes: (n, fields), -1 absent.
+        starts: (waves + 1,) first event of each wave; a wave has at most as many as the one before.
+        first: (clients, H) states before the first wave, in its order.
+        """
+        place = np.arange(len(dense))
+        clients = np.arange(len(first))
+        return self._run(place, dense, codes, starts, first, clients, np.empty(len(dense), np.int64))
+
+    def _run(
+        self,
+        position: NDArray[np.int64],
+        dense: NDArray[np.float32],
+        codes: NDArray[np.int32],
+        starts: NDArray[np.int64],
+        before: NDArray[np.float32],
+        slots: NDArray[np.int64],
+        event_at: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        """(events, H) states in wave order; `event_at` (events,) receives which event of the batch each is."""
+        inputs = np.empty((len(dense), self.layout.inputs), np.float32)
+        kernels.assemble(
+            position, dense, codes, self._tables, self._table_start, self._table_width, self._table_column, inputs,
+            event_at,
+        )  # fmt: skip
+        states = np.empty((len(dense), self.layout.hidden), np.float32)
+        self.cell.run(inputs, starts, before, slots, states)
+        return states
+
+    def moved(self, parameters: ParameterSet) -> Engine:
+        """The engine of a later version of the same online trunk; this one where the trunk has not moved.
+
+        Raises
+        ------
+        ParametersError: what may not change between versions of one trunk is another: values, scales, shapes.
+        """
+        before = self.parameters
+        names = [name for name in (*before, *parameters) if name.startswith("trunk/")]
+        other = [n for n in names if n not in before or n not in parameters or not _same(before[n], parameters[n])]
+        if not other:
+            return self
+        for name in other:
+            learned = name.startswith(("trunk/weight", "trunk/bias", "trunk/embedding/"))
+            if not learned or name not in parameters or before[name].shape != parameters[name].shape:
+                raise ParametersError(
+                    f"tensor {name!r} of version {parameters.version} differs from version {before.version}'s in more "
+                    f"than what is learned, but both have trunk {self.trunk_id}: bring it in with `livestate rebuild`"
+                )
+        engine = copy.copy(self)
+        engine.parameters = parameters
+        engine.cell = Cell(parameters, self.layout.inputs, self.layout.hidden)
+        tables = [parameters[f"trunk/embedding/{f.name}"].reshape(-1) for f in self.layout.embedded]
+        engine._tables = np.concatenate([*tables, np.zeros(1, np.float32)]).astype(np.float32, copy=False)
+        return engine
 
 
 class EventEncoder:
@@ -243,6 +308,10 @@ class EventEncoder:
             columns.modality, modality, column, columns.text, columns.category_start,
             columns.category_length, columns.category_hash, missing, base, out, out_column,
         )  # fmt: skip
+
+
+def _same(old: Tensor, new: Tensor) -> bool:
+    return old is new or (old.dtype == new.dtype and np.array_equal(old, new))
 
 
 def _unpack_values(parameters: ParameterSet, name: str) -> list[bytes]:

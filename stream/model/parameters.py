@@ -1,9 +1,10 @@
 """Parameter sets: named tensors and tables of rows with a version, as the trainer publishes and the workers apply them.
 
 The names before the first `/` say what a tensor belongs to: `trunk` (encoder and cell), or `head` (then the
-task). Guaranteed: the tensors of a set are immutable; `trunk_id` changes with any bit of the trunk, so a state can
-say which trunk it was made by. Not guaranteed: that rows stay: a set's tables are those of its version until a later
-version's rows are settled in them.
+task). Guaranteed: the tensors of a set are immutable; `trunk_id` changes with any bit of a fixed trunk, so a state can
+say which trunk it was made by. A trunk that learns online carries a tensor with the id of the trunk that it began as,
+and is named by that alone, whatever it has learned since. Not guaranteed: that rows stay: a set's tables are those of
+its version until a later version's rows are settled in them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ __all__ = ["ParameterSet", "Tensor", "decode_tensor", "encode_tensor", "tensor_c
 Tensor = NDArray[Any]
 #: What a tensor may hold: numbers whose bytes mean the same on every machine we run on.
 _TYPES = {"<f4", "<f8", "<i4", "<i8", "|u1"}
+#: Of an online trunk: the id of the trunk that it began as, eight bytes.
+_ONLINE = "trunk/online"
 _LARGEST_TENSOR_BYTES = 64 * 1024 * 1024
 
 
@@ -88,8 +91,23 @@ class ParameterSet(Mapping[str, Tensor]):
             table.settle()
 
     @property
+    def is_online(self) -> bool:
+        """Whether the trunk goes on learning, so that versions of one `trunk_id` differ in it."""
+        return _ONLINE in self._tensors
+
+    def of_kind(self, trunk: str) -> ParameterSet:
+        """This set with its trunk `online`, named by what it is now unless it is online already, or `fixed`."""
+        if (trunk == "online") == self.is_online:
+            return self
+        if trunk == "fixed":
+            return self.updated({}, self.version, frozenset({_ONLINE}))
+        return self.updated({_ONLINE: np.frombuffer(bytes.fromhex(self.trunk_id), np.uint8)}, self.version)
+
+    @property
     def trunk_id(self) -> str:
-        """16 hexadecimal digits over every bit of the trunk."""
+        """16 hexadecimal digits over every bit of the trunk; of an online one `online-` and those of its beginning."""
+        if _ONLINE in self._tensors:
+            return f"online-{self._tensors[_ONLINE].tobytes().hex()}"
         digest = hashlib.blake2b(digest_size=8)
         for name in sorted(self._tensors):
             if name.startswith("trunk/"):

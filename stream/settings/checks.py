@@ -65,9 +65,24 @@ def check(settings: Settings) -> None:
     for target in settings.pretrain.targets:
         if target not in known:
             _refuse("pretrain.targets", target, f"category fields with an embedding: {sorted(known)}")
+    _check_trunk(settings)
     _check_ttls(settings)
     if settings.store.max_rows is not None and settings.store.min_rows > settings.store.max_rows:
         _refuse("store.min_rows", settings.store.min_rows, f"at most store.max_rows = {settings.store.max_rows}")
+
+
+def _check_trunk(settings: Settings) -> None:
+    """An online trunk learns through a head that reads the state."""
+    model = settings.model
+    if model.trunk != "online":
+        return
+    if model.online.burn_in >= model.online.length:
+        _refuse("model.online.burn_in", model.online.burn_in, f"less than model.online.length = {model.online.length}")
+    for task in settings.tasks.values():
+        if "mlp" in task.parts or (task.parts != ("gbdt",) and task.state_prior_variance != 0):
+            return
+    accepted = "'fixed', or a task whose head is mlp, or logistic or linear with state_prior_variance above 0"
+    _refuse("model.trunk", model.trunk, accepted)
 
 
 def _check_tables(settings: Settings, name: str, task: Task) -> None:

@@ -208,6 +208,25 @@ class Memory(_Section, frozen=True):
         return self.kind in ("first_time", "last_time")
 
 
+class Online(_Section, frozen=True):
+    """How a trunk learns all the time: truncated backpropagation from stored states."""
+
+    #: Latest events of each client that the trainer keeps, with the state before them. A label teaches the trunk while
+    #: the event that it answers is among them, so it should be more than a client's events in the usual delay.
+    length: Annotated[int, Meta(ge=1, le=4096)] = 64
+    #: The first of them only bring the stored state to the trunk as it is now; nothing is learned through them. Not
+    #: where a client's whole history is kept.
+    burn_in: Natural = 8
+    #: Labels in a step; fewer wait.
+    labels: Annotated[int, Meta(ge=1, le=4096)] = 64
+    #: Of AdamW, once warm.
+    learning_rate: Annotated[float, Meta(gt=0, le=1)] = 0.001
+    #: Steps over which the learning rate rises to its full height.
+    warm_up: Natural = 100
+    #: The gradient is scaled down to this norm.
+    clip_norm: Annotated[float, Meta(gt=0)] = 1.0
+
+
 class Model(_Section, frozen=True):
     """The trunk: encoder and recurrent cell."""
 
@@ -217,6 +236,11 @@ class Model(_Section, frozen=True):
     seed: Natural = 0
     #: What the embeddings topic and HTTP serve: the hidden state, or the hidden state and the memory's readout.
     vector: Literal["hidden", "features"] = "hidden"
+    #: `fixed`: it stays as it was pretrained until `livestate rebuild` brings another one, and states are exactly those
+    #: of one pass. `online`: the trainer goes on learning it from labels, and workers take it over without a rebuild;
+    #: states are then close to those of one pass, and no longer equal. The same for trainer and workers.
+    trunk: Literal["fixed", "online"] = "fixed"
+    online: Online = Online()
 
 
 class Mlp(_Section, frozen=True):

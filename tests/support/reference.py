@@ -34,6 +34,7 @@ def settings_table() -> str:
         ("memory[].", settings.Memory),
         ("memory[].where.", settings.Where),
         ("model.", settings.Model),
+        ("model.online.", settings.Online),
         ("tasks.NAME.", settings.Task),
         ("tasks.NAME.mlp.", settings.Mlp),
         ("tasks.NAME.gbdt.", settings.Gbdt),

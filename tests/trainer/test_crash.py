@@ -21,6 +21,7 @@ from trainer.tables import rows_in
 from .conftest import LiveShop, NewShop
 from .shop import TABLED, TOML, posterior, refuse_nothing
 from .test_online import year
+from .test_windows import ONLINE, where_they_belong
 
 CLIENTS = 6_000
 KILLS = 20
@@ -184,3 +185,40 @@ def test_a_killed_network_and_killed_trees_end_as_undisturbed_ones(
         kept = dict(one.database.scan(b"t/redeemed/x/"))
         assert kept == dict(other.database.scan(b"t/redeemed/x/"))
         assert len(kept) > 4
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_trainer_of_an_online_trunk_ends_with_the_same_trunk(
+    new_embedded_shop: NewShop, free_port: int, request: pytest.FixtureRequest
+) -> None:
+    # Given a trainer that learns the trunk, too, and reads everything undisturbed
+    options = {**ONLINE, "TRAINER__HTTP_PORT": str(free_port), "TRAINER__CHECKPOINT_INTERVAL_S": "0.05"}
+    options["STORE__MEMORY_ROWS"] = "200"
+    calm = new_embedded_shop(**options)
+    events, feedback = (where_they_belong(found) for found in year(400))
+    calm.publish(calm.settings.topics.events, events)
+    calm.publish(calm.settings.topics.feedback, feedback)
+    trunk = calm.directory / "trunk.msgpack"
+    start = random_trunk(calm.settings, [])
+    save_parameters(trunk, start)
+    finish(calm, free_port, str(trunk))
+    # When another one reads the same and is killed at random moments
+    inputs = {"TOPICS__EVENTS": calm.settings.topics.events, "TOPICS__FEEDBACK": calm.settings.topics.feedback}
+    killed = new_embedded_shop(**inputs, **options)
+    random = np.random.default_rng(request.config.getoption("--seed"))
+    arguments = ("--trunk", str(trunk), "--record", str(killed.directory / "record"))
+    assert sum(strike(killed.forked(*arguments), free_port, random) for _ in range(3)) > 0
+    finish(killed, free_port, str(trunk))
+    # Then rows, windows, trunk and optimiser are the same, bit for bit
+    with opened(calm) as one, opened(killed) as other:
+        for kind in (b"r", b"w", b"k/weights", b"p/"):
+            assert dict(one.database.scan(kind)) == dict(other.database.scan(kind)) != {}
+        assert one.trunk is not None
+        assert one.trunk.steps > 50
+    # And so is what workers have, which is not the trunk of the beginning
+    ours, theirs = calm.versions()[0].current, killed.versions()[0].current
+    assert ours is not None
+    assert theirs is not None
+    assert {name: one.tobytes() for name, one in ours.items()} == {name: one.tobytes() for name, one in theirs.items()}
+    assert ours.trunk_id == f"online-{start.trunk_id}"
+    assert not np.array_equal(ours["trunk/weight_hh"], start["trunk/weight_hh"])

@@ -121,6 +121,41 @@ def test_a_rollback_publishes_an_equal_version_and_learns_on_from_it(
         assert service.learners["redeemed"].labels == 50
 
 
+def test_a_rollback_takes_an_online_trunk_back_too(new_embedded_shop: NewShop) -> None:
+    # Given a trainer that learns the trunk as well
+    online = {"MODEL__TRUNK": "online", "MODEL__ONLINE__LABELS": "4", "MODEL__ONLINE__LEARNING_RATE": "0.1"}
+    live = new_embedded_shop(TRAINER__HISTORY_INTERVAL_S="0", **online)
+    with running(live) as trainer:
+        good = learn(live, trainer, 0, 60)
+        first = read_latest(live.settings)
+        learn(live, trainer, 60, 40)
+        later = read_latest(live.settings)
+        assert first is not None
+        assert later is not None
+        names = [name for name in first[0] if name.startswith("trunk/weight")]
+        assert all(not np.array_equal(first[0][name], later[0][name]) for name in names)
+        assert first[0].trunk_id == later[0].trunk_id
+        # When it goes back
+        assert trainer.service.trainer is not None
+        steps = trainer.service.trainer.trunk.steps
+        url = f"http://127.0.0.1:{trainer.service.http_port}"
+        assert main(["rollback", str(good), "--settings", str(live.file), "--trainer", url]) == 0
+        # Then trunk and head are those of that version, and its own rows go on under it
+        latest = read_latest(live.settings)
+        assert latest is not None
+        assert {name: one.tobytes() for name, one in latest[0].items()} == {
+            name: one.tobytes() for name, one in first[0].items()
+        }
+        service = trainer.service.trainer
+        assert service.trunk.steps < steps
+        assert np.array_equal(service.engine.parameters[names[0]], first[0][names[0]])
+        # And it learns on from there
+        learn(live, trainer, 100, 20)
+    last = read_latest(live.settings)
+    assert last is not None
+    assert not np.array_equal(last[0][names[0]], first[0][names[0]])
+
+
 @pytest.mark.parametrize(
     ("body", "kind", "status"),
     [

@@ -207,7 +207,7 @@ def test_a_killed_trainer_of_an_online_trunk_ends_with_the_same_trunk(
     killed = new_embedded_shop(**inputs, **options)
     random = np.random.default_rng(request.config.getoption("--seed"))
     arguments = ("--trunk", str(trunk), "--record", str(killed.directory / "record"))
-    assert sum(strike(killed.forked(*arguments), free_port, random) for _ in range(3)) > 0
+    assert sum(strike(killed.forked(*arguments), free_port, random, 300) for _ in range(3)) > 0
     finish(killed, free_port, str(trunk))
     # Then rows, windows, trunk and optimiser are the same, bit for bit
     with opened(calm) as one, opened(killed) as other:

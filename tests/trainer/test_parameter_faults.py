@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from confluent_kafka import Producer
-from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
 from stream.broker import ApacheBroker, Broker
-from stream.kafka import client_config, log_ends, producer_config
+from stream.kafka import producer_config
 from stream.model.parameters import ParameterSet, Tensor, encode_tensor
 from stream.parameter_log import MARKER_KEY, Marker, ParameterReader, encode_marker
 from stream.settings import Settings
 from tests.support.brokers import require_apache
+from tests.support.compaction import compact_at_once, wait_until_compacted
 from tests.support.processes import http_get, metric, wait_for
 from trainer.pretrain import random_trunk, save_parameters
 from trainer.publisher import Publisher, read_latest
@@ -99,7 +99,7 @@ def test_a_reader_that_was_away_for_a_thousand_versions_ends_as_the_trainer(
     with reading(shop.settings) as live:
         published |= publish_versions(publisher, count, random)
         if kind == "apache":
-            published |= compacted(shop, publisher, random)
+            wait_until_compacted(shop.settings, lambda: published.update(publish_versions(publisher, 1, random)))
         last = publisher.version
         # Then it, one that never was there before, and one that was there all the time have the trainer's bits
         with reading(shop.settings) as back, reading(shop.settings) as late:
@@ -111,34 +111,6 @@ def test_a_reader_that_was_away_for_a_thousand_versions_ends_as_the_trainer(
                 versions = [version for version, _ in one.served]
                 assert versions == sorted(set(versions))
     publisher.close()
-
-
-def compact_at_once(settings: Settings) -> None:
-    """Let the broker close segments and compact them as soon as there are records."""
-    resource = ConfigResource(
-        ResourceType.TOPIC,
-        settings.topics.parameters,
-        incremental_configs=[
-            ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET)
-            for name, value in {"segment.ms": "50", "min.cleanable.dirty.ratio": "0.0"}.items()
-        ],
-    )
-    admin = AdminClient(client_config(settings))
-    admin.incremental_alter_configs([resource])[resource].result(30)
-
-
-def compacted(shop: LiveShop, publisher: Publisher, random: np.random.Generator) -> dict[int, Bits]:
-    """Publish on until much of the log is gone; the versions published meanwhile."""
-    published: dict[int, Bits] = {}
-
-    def is_compacted() -> bool:
-        # A segment is closed by the first record after its time, and compacted when it is closed.
-        published.update(publish_versions(publisher, 1, random))
-        _, end = log_ends(shop.settings, shop.settings.topics.parameters, 0)
-        return len(shop.read(shop.settings.topics.parameters)) < end / 4
-
-    wait_for(is_compacted, 90, "the log is compacted")
-    return published
 
 
 def test_pieces_that_are_doubled_lost_or_of_aborted_transactions_are_never_served(new_shop: NewShop) -> None:

@@ -44,13 +44,13 @@ def _held(memory: Any, at: Any, size: Any, is_ring: Any, hashed: Any) -> Any:
 @njit(cache=True, nogil=True)
 def _match(
     memory: Any, start: Any, count: Any, item_hash: Any, item_group: Any, at: Any, size: Any, is_ring: Any, best: Any,
-    out: Any,
+    out: Any, to: Any,
 ) -> None:  # fmt: skip
-    """out[i, :4] of the i-th row of `memory` and its items."""
+    """out[i, to : to + 4] of the i-th row of `memory` and its items."""
     for i in range(start.shape[0]):
         n = count[i]
         if n <= 0:
-            out[i, :] = 0.0
+            out[i, to : to + 4] = 0.0
             continue
         hashes = item_hash[start[i] : start[i] + n]
         groups = item_group[start[i] : start[i] + n]
@@ -74,10 +74,10 @@ def _match(
             of_all += held[g]
             if g >= held.shape[0] - kept:
                 of_best += held[g]
-        out[i, 0] = of_best / kept
-        out[i, 1] = held[held.shape[0] - 1]
-        out[i, 2] = of_all / held.shape[0]
-        out[i, 3] = np.log1p(max(union, 0.0))
+        out[i, to] = of_best / kept
+        out[i, to + 1] = held[held.shape[0] - 1]
+        out[i, to + 2] = of_all / held.shape[0]
+        out[i, to + 3] = np.log1p(max(union, 0.0))
 
 
 class Matches:
@@ -98,10 +98,12 @@ class Matches:
         """(k, M) for the events at indices `event` (k,) of the batch and the memory (k, floats) of their rows right
         after them; zeros where an event lists nothing."""
         out = np.zeros((len(event), len(self.names)), np.float32)
+        # The whole array: some of the columns of a single row are another kind of array, for which a kernel would be
+        # compiled again.
         for number, (column, operation) in enumerate(self._matched):
             _match(
                 memory, columns.item_start[event, column], columns.item_count[event, column],
                 columns.item_hash, columns.item_group, operation.start, operation.slots // 2,
-                operation.memory.kind == "ring", BEST, out[:, 4 * number : 4 * number + 4],
+                operation.memory.kind == "ring", BEST, out, 4 * number,
             )  # fmt: skip
         return out

@@ -60,6 +60,9 @@ with EmbeddingStore.open(directory / "store", options) as store:
     values = [encode_event(key.decode(), 10**12 + i, *kinds[i % 2]) for i, key in enumerate(keys)]
     block = RecordBlock.from_lists(keys, values, np.arange(100), np.full(100, 10**13))
     applied = partition.apply(FetchedBlock(0, 0, block), served)
+    # A single one, as where events come slowly
+    last = RecordBlock.from_lists(keys[1:2], values[1:2], np.array([100]), np.full(1, 10**13))
+    partition.apply(FetchedBlock(0, 100, last), served)
     store.flush()
 print(json.dumps({"left": left, "before": before, "after": compiled(), "events": applied.events}))
 """

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from stream.store.checkpoint import Checkpoint, Piece
     from stream.store.snapshot import Snapshot
 
-__all__ = ["NEVER_MS", "Core"]
+__all__ = ["NEVER_MS", "NO_HORIZON", "Core"]
 
 Int64 = npt.NDArray[np.int64]
 Uint64 = npt.NDArray[np.uint64]
@@ -39,7 +39,7 @@ Bool = npt.NDArray[np.bool_]
 Headers = npt.NDArray[np.void]
 
 NEVER_MS = -(2**62)
-_NO_HORIZON = -(2**63)
+NO_HORIZON = -(2**63)
 _SPILL_ROWS = 512  # at least so many at once: about 2 ms of disk writes
 _COPIES = 10  # for each row in memory, at most so many copies of rows that left it
 _NOT_LIVE = layout.DEAD | layout.WAITING
@@ -64,7 +64,7 @@ class Core:
         self.open_checkpoint: Checkpoint | None = None
         self.snapshot: Snapshot | None = None
         self.watermark = NEVER_MS
-        self.horizon = _NO_HORIZON
+        self.horizon = NO_HORIZON
         self.rows = 0
         self.disk_rows = 0
         self.admitted = self.expired = self.capped = 0
@@ -111,14 +111,14 @@ class Core:
 
     def _stored_horizon(self) -> int:
         """The horizon of the last commit, as it is under the times to live of today."""
-        horizon = int(self.metas.get("store.horizon_ms", str(_NO_HORIZON).encode()))
+        horizon = int(self.metas.get("store.horizon_ms", str(NO_HORIZON).encode()))
         longest, stored = self.lives.longest_ms, self._stored_lives()
-        if longest is None or horizon == _NO_HORIZON:
-            return _NO_HORIZON
+        if longest is None or horizon == NO_HORIZON:
+            return NO_HORIZON
         if stored == self.lives.name:
             return horizon
         before = int(stored.split()[0]) if stored else self.options.ttl_ms
-        return _NO_HORIZON if before is None else horizon + before - longest
+        return NO_HORIZON if before is None else horizon + before - longest
 
     def _make_ages(self, disk: Disk) -> None:
         """Make the queue of ages for rows that were written without one, or note that there is none from here on.

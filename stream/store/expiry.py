@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from stream.errors import StoreError
 from stream.store import kernels, layout, rows
-from stream.store.core import Core
+from stream.store.core import NO_HORIZON, Core
 from stream.store.disk import age_key, split_age_key
 from stream.store.keys import PackedKeys
 
@@ -137,8 +137,9 @@ class Sweep:
         self._ages = Ages(core)
         self._slot = 0
         self._on_disk = False
-        self._target = core.horizon
-        self._done = core.horizon
+        self._target = NO_HORIZON
+        # Also what had expired when the table was closed: its rows may not have been ended, or not for certain.
+        self._done = NO_HORIZON
 
     def run(self, budget_ms: float, clock: Callable[[], float]) -> list[bytes]:
         """Sweep until budget_ms is over or a pass is complete; returns the keys of rows that ended."""

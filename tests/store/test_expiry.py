@@ -126,6 +126,25 @@ def test_given_expired_rows_in_memory_and_on_disk_when_swept_then_all_become_tom
     assert store.lookup(names).found.tolist() == [False] * 200 + [True] * 100
 
 
+@pytest.mark.parametrize("swept", [False, True])
+def test_given_a_table_closed_over_expired_rows_when_opened_again_then_they_end_without_waiting_for_time(
+    open_store: Opener, swept: bool
+) -> None:
+    # Given a table with an expired row that was not swept, or whose end no checkpoint has
+    store = open_store(ttl_ms=100)
+    store.upsert([b"old", b"new"], np.ones((2, 4)), event_ms=np.array([1, 150]))
+    store.advance_watermark(150)
+    store.flush()
+    assert store.sweep(1000.0) == [b"old"] if swept else True
+    store.close()
+
+    store = open_store(ttl_ms=100)
+
+    assert store.sweep(1000.0) == [b"old"]
+    assert tombstones(store) == {b"old"}
+    assert store.sweep(1000.0) == []
+
+
 def test_given_a_budget_then_the_sweep_stops_when_it_is_spent(open_store: Opener) -> None:
     store = open_store(memory_rows=10, ttl_ms=10)
     store.upsert(PackedKeys.from_int64(np.arange(2000)), np.ones((2000, 4)), event_ms=1)

@@ -12,10 +12,10 @@ import random
 import socket
 from pathlib import Path
 
-__all__ = ["HOST", "free_port", "is_free"]
+__all__ = ["HOST", "drawn_from", "free_port", "given_to_connections", "is_free"]
 
 HOST = "127.0.0.1"
-_LOWEST = 15_000
+_LOWEST, _PORTS = 15_000, 65_536
 _CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _DRAWS = 1_000
 
@@ -27,7 +27,7 @@ def free_port(count: int = 1) -> int:
     ------
     OSError: there are none.
     """
-    first, last = _range(count)
+    first, last = drawn_from(*given_to_connections(), count)
     # Not the shared generator: where a seed is set, everybody would draw the same ports.
     draw = random.SystemRandom()
     for _ in range(_DRAWS if first <= last else 0):
@@ -48,16 +48,22 @@ def is_free(port: int) -> bool:
     return True
 
 
-def _range(count: int) -> tuple[int, int]:
-    """First and last port to draw: below those of connections, or above, or any where those are nearly all."""
-    try:
-        low, high = map(int, _CONNECTIONS.read_text(encoding="ascii").split())
-    except (OSError, ValueError):
-        # Of other systems: IANA's range for connections starts at 49152.
-        low, high = 49_152, 65_535
+def drawn_from(low: int, high: int, count: int) -> tuple[int, int]:
+    """First and last port to draw where the system gives `low` to `high` to connections: below those, or above, or
+    any where those are nearly all; from the last one on there are `count` ports."""
     room = 1_000
     if low - _LOWEST >= room:
         return _LOWEST, low - count
-    if 65_536 - high - 1 >= room:
-        return high + 1, 65_536 - count
-    return _LOWEST, 65_536 - count
+    if _PORTS - high - 1 >= room:
+        return high + 1, _PORTS - count
+    return _LOWEST, _PORTS - count
+
+
+def given_to_connections() -> tuple[int, int]:
+    """First and last port that the system gives to outgoing connections."""
+    try:
+        low, high = map(int, _CONNECTIONS.read_text(encoding="ascii").split())
+    except (OSError, ValueError):
+        # Of other systems: what IANA has for that.
+        return 49_152, 65_535
+    return low, high

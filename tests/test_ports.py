@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import socket
-from pathlib import Path
 
 import pytest
 
-from stream.ports import HOST, free_port, is_free
+from stream.ports import HOST, drawn_from, free_port, given_to_connections, is_free
 
 
 def test_ports_are_free_and_follow_each_other() -> None:
@@ -19,14 +18,23 @@ def test_ports_are_free_and_follow_each_other() -> None:
             assert not is_free(port)
 
 
-def test_no_port_is_one_that_the_system_gives_to_connections() -> None:
-    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
-    if not given.exists():
-        pytest.skip("the system does not say which ports it gives to connections")
-    low, high = map(int, given.read_text().split())
-    if low < 17_000 and high > 64_000:
-        pytest.skip("the system gives nearly all ports to connections")
-    assert not [port for port in (free_port() for _ in range(200)) if low <= port <= high]
+@pytest.mark.parametrize(
+    ("low", "high", "first", "last"),
+    [(32_768, 60_999, 15_000, 32_766), (49_152, 65_535, 15_000, 49_150), (10_000, 40_000, 40_001, 65_534)],
+)
+def test_ports_are_drawn_beside_those_that_the_system_gives_to_connections(
+    low: int, high: int, first: int, last: int
+) -> None:
+    assert drawn_from(low, high, 2) == (first, last)
+
+
+def test_where_the_system_gives_nearly_all_to_connections_any_is_drawn() -> None:
+    assert drawn_from(1_024, 65_535, 1) == (15_000, 65_535)
+
+
+def test_a_port_is_within_what_is_drawn_from_here() -> None:
+    first, last = drawn_from(*given_to_connections(), 1)
+    assert all(first <= free_port() <= last for _ in range(50))
 
 
 def test_the_port_of_a_connection_is_not_free() -> None:

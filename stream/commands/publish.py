@@ -170,6 +170,7 @@ class _Publication:
         self._next_row = options.from_row
 
     def run(self, inputs: list[tuple[RowFile, RowMapping]]) -> int:
+        """Publish all files, one after the other; returns the exit code."""
         from stream.publishing import Sender
 
         options, summary = self._options, _Summary(self.topic)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import numpy as np
 from confluent_kafka import Producer
@@ -13,6 +11,7 @@ from stream.kafka import producer_config
 from stream.partitioner import partition_of
 from stream.settings import Settings
 from stream.wire import FeedbackRecord, encode_event, encode_feedback
+from tests.support.meanwhile import meanwhile
 
 __all__ = ["Publisher"]
 
@@ -75,20 +74,6 @@ class Publisher:
                 self._producer.poll(0.05)
         self._producer.poll(0)
 
-    @contextmanager
-    def load(self) -> Iterator[None]:
+    def load(self) -> AbstractContextManager[None]:
         """Publish all the while, on a thread of its own."""
-        stopping = threading.Event()
-
-        def run() -> None:
-            while not stopping.is_set():
-                self.publish(500)
-                stopping.wait(0.1)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        try:
-            yield
-        finally:
-            stopping.set()
-            thread.join()
+        return meanwhile(lambda: self.publish(500), 0.1)

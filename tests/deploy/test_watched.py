@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 import urllib.request
 from collections.abc import Iterator
 from http import HTTPStatus
@@ -22,6 +21,7 @@ from tests.deploy.publisher import Publisher
 from tests.deploy.queries import alert_queries, selectors, shown_queries
 from tests.deploy.test_monitoring import promtool
 from tests.deploy.watched import Watched, run_watched, usable_prometheus
+from tests.support.meanwhile import meanwhile
 from tests.support.processes import http_get, wait_for
 from trainer.joiner import OUTCOMES
 from trainer.learner.task import AVERAGE
@@ -34,20 +34,14 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         pytest.skip("prometheus is not installed (Debian package prometheus)")
     directory = tmp_path_factory.mktemp("watched")
     with EmbeddedBroker(directory / "broker") as broker, run_watched(broker, directory) as running:
-        publisher, stopping = Publisher(running.settings), threading.Event()
+        publisher = Publisher(running.settings)
 
         def use() -> None:
-            while not stopping.wait(0.2):
-                publisher.publish(300)
-                _ask(running.worker_port)
+            publisher.publish(300)
+            _ask(running.worker_port)
 
-        thread = threading.Thread(target=use)
-        thread.start()
-        try:
+        with meanwhile(use, 0.2):
             yield running
-        finally:
-            stopping.set()
-            thread.join()
 
 
 def _ask(port: int) -> None:

@@ -1,6 +1,5 @@
 """Labels that are final before their window closes: what is learned when, and the same however the stream is cut."""
 
-import itertools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from trainer.timeline import EVENTS, FEEDBACK, Record
 
 from . import shop
 from .shop import DAY_MS, START_MS, answer, open_trainer, outcome, purchase, send
+from .test_online import after_crashes, feed
 
 HOUR = 3_600_000
 TTL = BINS * HOUR
@@ -249,14 +249,6 @@ def final(**overrides: str) -> Settings:
     return shop.settings(**(plain | overrides))
 
 
-def feed(trainer: OnlineTrainer, stream: list[tuple[int, Record]]) -> None:
-    """Apply a stretch, consecutive records of one kind together; what was applied before is left out."""
-    for kind, run in itertools.groupby(stream, key=lambda pair: pair[0]):
-        batch = [one for _, one in run if one.offset >= trainer.positions.get((kind, one.partition), 0)]
-        if batch:
-            (trainer.apply_events if kind == EVENTS else trainer.apply_feedback)(batch)
-
-
 def learned(trainer: OnlineTrainer) -> tuple[bytes, bytes, int, int]:
     learner = trainer.learners["redeemed"]
     head = shop.posterior(learner)
@@ -313,19 +305,9 @@ def test_crashes_and_cuts_do_not_change_what_is_final_when(
     near: int,
 ) -> None:
     # Given a trainer that takes the stream in pieces, and loses what came after its last checkpoint at some
-    directory = tmp_path_factory.mktemp("crashing")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ages, "NEAR", near)
-        trainer = open_trainer(directory, final())
-        edges = sorted({min(cut, len(stream)) for cut in cuts} | {0, len(stream)})
-        for number, (begin, end) in enumerate(itertools.pairwise(edges)):
-            feed(trainer, stream[begin:end])
-            if number in crashes:
-                trainer.close()
-                trainer = open_trainer(directory, final())
-                feed(trainer, stream[:end])
-            else:
-                trainer.checkpoint(0)
+        trainer = after_crashes(tmp_path_factory.mktemp("crashing"), final(), stream, cuts, crashes)
         # Then what is learned is the same, bit for bit
         assert learned(trainer) == undisturbed
         trainer.close()

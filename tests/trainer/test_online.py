@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -70,17 +71,11 @@ def merged(events: list[Record], feedback: list[Record]) -> list[tuple[int, Reco
 
 
 def feed(trainer: OnlineTrainer, stream: list[tuple[int, Record]]) -> None:
-    """Apply a stretch, consecutive records of one kind together; records before the positions are left
-    out."""
-    batch: list[Record] = []
-    kind_of_batch = EVENTS
-    for kind, record in [*stream, (-1, None)]:
-        if kind != kind_of_batch and batch:
-            (trainer.apply_events if kind_of_batch == EVENTS else trainer.apply_feedback)(batch)
-            batch = []
-        kind_of_batch = kind
-        if record is not None and record.offset >= trainer.positions.get((kind, record.partition), 0):
-            batch.append(record)
+    """Apply a stretch, consecutive records of one kind together; what was applied before is left out."""
+    for kind, run in itertools.groupby(stream, key=lambda pair: pair[0]):
+        batch = [one for _, one in run if one.offset >= trainer.positions.get((kind, one.partition), 0)]
+        if batch:
+            (trainer.apply_events if kind == EVENTS else trainer.apply_feedback)(batch)
 
 
 def posterior(trainer: OnlineTrainer) -> bytes:
@@ -113,6 +108,24 @@ def undisturbed(
     return result
 
 
+def after_crashes(
+    directory: Path, settings: Settings, stream: list[tuple[int, Record]], cuts: Iterable[int], crashes: Container[int]
+) -> OnlineTrainer:
+    """A trainer that took the stream in pieces with a checkpoint after each, but after those with these numbers lost
+    all since the last one, and began again from the start of the stream."""
+    trainer = open_trainer(directory, settings)
+    edges = sorted({min(cut, len(stream)) for cut in cuts} | {0, len(stream)})
+    for number, (begin, end) in enumerate(itertools.pairwise(edges)):
+        feed(trainer, stream[begin:end])
+        if number in crashes:
+            trainer.close()
+            trainer = open_trainer(directory, settings)
+            feed(trainer, stream[:end])
+        else:
+            trainer.checkpoint(0)
+    return trainer
+
+
 @budget(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(cuts=st.lists(st.integers(0, 10_000), max_size=8), crashes=st.sets(st.integers(0, 8)))
 def test_crashes_and_cuts_do_not_change_what_is_learned(
@@ -123,17 +136,7 @@ def test_crashes_and_cuts_do_not_change_what_is_learned(
     crashes: set[int],
 ) -> None:
     # Given a trainer that takes the stream in pieces, and loses what came after its last checkpoint at some
-    directory = tmp_path_factory.mktemp("crashing")
-    trainer = open_trainer(directory, shop.settings())
-    edges = sorted({min(cut, len(stream)) for cut in cuts} | {0, len(stream)})
-    for number, (begin, end) in enumerate(itertools.pairwise(edges)):
-        feed(trainer, stream[begin:end])
-        if number in crashes:
-            trainer.close()
-            trainer = open_trainer(directory, shop.settings())
-            feed(trainer, stream[:end])
-        else:
-            trainer.checkpoint(0)
+    trainer = after_crashes(tmp_path_factory.mktemp("crashing"), shop.settings(), stream, cuts, crashes)
     # Then posterior and rows are those of one pass, bit for bit, and each label was learned once
     assert posterior(trainer) == undisturbed[0]
     assert rows(trainer) == undisturbed[1]

@@ -1,7 +1,6 @@
 """Windows of a trunk that learns online: the same however input is cut, gone with their rows, true to their states."""
 
 import hashlib
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from trainer.timeline import Record
 
 from . import shop
 from .shop import DAY_MS, START_MS, open_trainer, purchase, records
-from .test_online import feed, merged, year
+from .test_online import after_crashes, feed, merged, year
 
 ONLINE = {
     "MODEL__TRUNK": "online",
@@ -104,17 +103,7 @@ def test_crashes_and_cuts_change_neither_windows_nor_trunk(
     crashes: set[int],
 ) -> None:
     # Given a trainer that takes the stream in pieces, and loses what came after its last checkpoint at some
-    directory, stream = tmp_path_factory.mktemp("crashing"), pieces.stream
-    trainer = open_trainer(directory, online())
-    edges = sorted({min(cut, len(stream)) for cut in cuts} | {0, len(stream)})
-    for number, (begin, end) in enumerate(itertools.pairwise(edges)):
-        feed(trainer, stream[begin:end])
-        if number in crashes:
-            trainer.close()
-            trainer = open_trainer(directory, online())
-            feed(trainer, stream[:end])
-        else:
-            trainer.checkpoint(0)
+    trainer = after_crashes(tmp_path_factory.mktemp("crashing"), online(), pieces.stream, cuts, crashes)
     # Then rows, windows, trunk and optimiser are those of one pass, bit for bit
     assert everything(trainer) == undisturbed
     trainer.close()

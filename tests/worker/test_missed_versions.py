@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,7 @@ from stream.model.parameters import Tensor
 from stream.ports import free_port
 from stream.wire import decode_embedding
 from tests.support.compaction import compact_at_once, wait_until_compacted
+from tests.support.meanwhile import meanwhile
 from tests.support.processes import http_get, metric, wait_for
 from tests.support.trunk import random_head
 from tests.support.truth import read_topic
@@ -45,24 +43,6 @@ def _heads(system: System, version: int) -> dict[str, Tensor]:
 def _expected(version: int) -> object:
     """What both heads of a version predict."""
     return dict.fromkeys(_TASKS, pytest.approx(1.0 / (1.0 + np.exp(-_score(version))), abs=1e-6))
-
-
-@contextmanager
-def _going_on(publish: Callable[[], None]) -> Iterator[None]:
-    """Versions one after the other, on a thread."""
-    stopping = threading.Event()
-
-    def run() -> None:
-        while not stopping.wait(0.01):
-            publish()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopping.set()
-        thread.join()
 
 
 @pytest.mark.parametrize("kind", ["embedded", "apache"])
@@ -102,7 +82,7 @@ def test_workers_that_missed_versions_serve_the_last_one_and_none_torn(
         # And is started again, beside one that was never there, while versions go on
         back.start()
         with late:
-            with _going_on(publish):
+            with meanwhile(publish, 0.01):
                 wait_for(lambda: min(versions()) > missed, 120, "both have versions that came meanwhile")
                 for _ in range(6):
                     system.publish(100)

@@ -1,4 +1,4 @@
-"""The serving worker: a Faust app that owns partitions, restores, applies, publishes and checkpoints them.
+"""The serving worker: a Faust app that applies the events of the partitions it owns, and publishes what comes of them.
 
 Guaranteed: an event is applied to its row exactly once and in offset order, through crashes and rebalances; a
 partition's stream does not resume before its rows are restored; parameters change between micro-batches only.
@@ -13,7 +13,6 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ from typing import Any
 import faust
 from faust.types import TP
 
-from stream.addresses import AddressAssignor
 from stream.allocator import keep_freed_memory
 from stream.clients import Clients
-from stream.errors import BrokerError, Fenced, LivestateError, StoreError
+from stream.errors import LivestateError, StoreError
+from stream.faust_app import make_app
 from stream.kafka import ensure_topics, wait_until_reachable
 from stream.membership import Membership, leave_for_good
 from stream.metrics import WorkerMetrics
@@ -32,35 +31,29 @@ from stream.model.heads import Questions
 from stream.model.layout import Layout
 from stream.outputs import Outputs
 from stream.owned import OwnedPartition
+from stream.ownership import Ownership
 from stream.parameter_log import ParameterReader
-from stream.partition import Applied, Partition, Served, Serving
+from stream.partition import Applied, Served
 from stream.query import Health, QueryServer
 from stream.rebuild import Rebuild
 from stream.renewal import Renewal
-from stream.restore import restore_partition, store_options
+from stream.restore import store_options
 from stream.routing import Router
 from stream.settings import Settings
 from stream.store import PackedKeys
-from stream.transport import BlockConsumer, BlockSchema, BlockTransport, FetchedBlock, broker_credentials
+from stream.transport import BlockConsumer, FetchedBlock
 from stream.versions import Versions
 from stream.warmup import warm_up
 from stream.wire import EmbeddingEncoder, EventDecoder, Schema
 from stream.wire.record_reader import load_kernels
 
-__all__ = ["CHECKPOINT_TIMEOUT_S", "Worker", "run_worker"]
+__all__ = ["Worker", "run_worker"]
 
 logger = logging.getLogger(__name__)
 
-#: For the broker to confirm a checkpoint.
-CHECKPOINT_TIMEOUT_S = 60.0
 _SWEEP_INTERVAL_S = 0.1
 _MOVED_INTERVAL_S = 1.0
 _SWEEP_BUDGET_MS = 4.0
-
-
-class _App(faust.App):
-    def _new_transport(self) -> Any:
-        return BlockTransport(self.conf.broker_consumer, self)
 
 
 class Worker:
@@ -84,13 +77,8 @@ class Worker:
         self._decoder = EventDecoder(self.schema, settings.limits, settings.topics.format)
         self._encoder = EmbeddingEncoder(width, list(self._questions.outputs), settings.topics.embeddings_format)
         self._owned: dict[int, OwnedPartition] = {}
-        #: Given up, and still open for a checkpoint that was being written.
-        self._closing: dict[int, OwnedPartition] = {}
-        #: Held while partitions are taken or let go of: a rebalance may begin before the one before it is dealt with.
-        self._changing_hands = asyncio.Lock()
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
-        self._restored = False
         self._executor = ThreadPoolExecutor(max_workers=4, thread_name_prefix="checkpoint")
         self._parameters = ParameterReader(settings)
         self._outputs = Outputs(settings)
@@ -98,6 +86,18 @@ class Worker:
         self._versions = Versions(self._parameters, self.layout, self._questions, self._owned, self.metrics)
         self._renewal = Renewal(
             self._versions, self._owned, self._new_rebuild, self.metrics, self._executor, self._stopping
+        )
+        self._ownership = Ownership(
+            self._owned,
+            lambda: self._consumer,
+            self._renewal,
+            settings,
+            self.layout,
+            self._decoder,
+            self._encoder,
+            self._outputs,
+            self.metrics,
+            self._executor,
         )
         self.app = self._make_app()
         self.metrics.data_dir.path = Path(settings.worker.data_dir)
@@ -113,42 +113,8 @@ class Worker:
 
     # ---------------------------------------------------------------- the Faust app
 
-    def _make_app(self) -> _App:
-        settings = self.settings
-        servers = settings.kafka.bootstrap_servers.replace(",", ";kafka://")
-        app = _App(
-            f"{settings.kafka.group}-workers",
-            broker=f"kafka://{servers}",
-            broker_credentials=broker_credentials(settings.kafka),
-            broker_max_poll_records=settings.worker.batch_records,
-            broker_session_timeout=settings.kafka.session_timeout_s,
-            broker_heartbeat_interval=settings.kafka.session_timeout_s / 5.0,
-            broker_request_timeout=max(60.0, settings.kafka.session_timeout_s + 5.0),
-            broker_commit_livelock_soft_timeout=24 * 3600.0,
-            stream_processing_timeout=24 * 3600.0,
-            consumer_auto_offset_reset="earliest",
-            consumer_group_instance_id=self._member,
-            consumer_max_fetch_size=max(1_048_576, 2 * settings.limits.record_bytes),
-            stream_buffer_maxsize=4,
-            stream_wait_empty=False,
-            topic_disable_leader=True,
-            topic_allow_declare=False,
-            web_enabled=False,
-            store="memory://",
-            datadir=str(Path(settings.worker.data_dir) / "faust"),
-            PartitionAssignor=AddressAssignor,
-        )
-        events = app.topic(settings.topics.events, schema=BlockSchema(), acks=False)
-
-        async def advance_states(stream: Any) -> None:
-            async for block in stream:
-                try:
-                    await self._take(block)
-                except Exception as error:
-                    self._fail(error)
-                    raise
-
-        app.agent(events, name="advance_states")(advance_states)
+    def _make_app(self) -> faust.App:
+        app = make_app(self.settings, self._member, self._take_or_fail)
         app.on_rebalance_complete.connect(self._on_assigned)
         app.on_partitions_revoked.connect(self._on_revoked)
         return app
@@ -196,116 +162,23 @@ class Worker:
             assert self._warming is not None
             await asyncio.shield(self._warming)
             serving = await self._versions.first()
-            async with self._changing_hands:
-                await self._take_over(serving)
+            await self._ownership.take_over(serving)
         except Exception as error:
             self._fail(error)
             raise
 
-    async def _take_over(self, serving: Serving) -> None:
-        numbers = self._assigned()
-        self.metrics.rebalances.inc()
-        loop = asyncio.get_running_loop()
-        missing = [number for number in numbers if number not in self._owned]
-        self.metrics.restoring.set(len(missing))
-        await asyncio.gather(*(self._closing.pop(n).closed.wait() for n in missing if n in self._closing))
-        restored = await asyncio.gather(
-            *(loop.run_in_executor(self._executor, self._restore, number, serving) for number in missing),
-            return_exceptions=True,
-        )
-        still = self._assigned()
-        for number, result in zip(missing, restored, strict=True):
-            if not isinstance(result, BaseException):
-                if number in still:
-                    self._owned[number] = result
-                    self.metrics.checkpoint_time.labels(str(number)).set(time.time())
-                else:
-                    # Taken away while it was restored: who has it now opens it anew.
-                    result.close()
-                    self._outputs.give_up(number)
-        for result in restored:
-            if isinstance(result, BaseException):
-                raise result
-        self._consumer.start_positions = self._start_positions
-        self.metrics.partitions.set(len(self._owned))
-        self.metrics.restoring.set(0)
-        self._restored = True
-        logger.info("serving partitions %s", sorted(self._owned))
-
-    def _assigned(self) -> list[int]:
-        return sorted({tp.partition for tp in self._consumer.assignment() if self._is_events(tp)})
-
-    def _is_events(self, tp: TP) -> bool:
-        return str(tp.topic) == self.settings.topics.events
-
-    def _start_positions(self, assignment: Iterable[TP]) -> Mapping[TP, int]:
-        return {
-            tp: self._owned[tp.partition].partition.position
-            for tp in assignment
-            if self._is_events(tp) and tp.partition in self._owned
-        }
-
-    def _restore(self, number: int, serving: Serving) -> OwnedPartition:
-        self._outputs.begin(number)
-        restored = restore_partition(
-            self.settings,
-            number,
-            width=self.layout.width,
-            trunk=serving.latest.engine.trunk_id,
-            layout=self.layout.fingerprint,
-        )
-        self.metrics.restored_rows.inc(restored.rows)
-        self.metrics.restore_seconds.observe(restored.seconds)
-        logger.info(
-            "partition %d restored: %d rows from the changelog in %.2f s", number, restored.rows, restored.seconds
-        )
-        is_renewed = restored.store is None
-        if restored.store is None:
-            partition = self._renewal.rebuilt(number, serving.latest)
-        else:
-            partition = Partition(number, restored.store, restored.position, self._decoder, self._encoder)
-        return OwnedPartition(
-            self.settings,
-            self.layout.fingerprint,
-            partition,
-            restored.writer,
-            serving,
-            self._outputs,
-            self._executor,
-            is_renewed,
-        )
-
     async def _on_revoked(self, *_: Any, **__: Any) -> None:
-        """Checkpoint what is owned, within the time budget, and let go of it."""
-        async with self._changing_hands:
-            # Whoever gets them next waits for this, and the group with it.
-            await self._release(self.settings.kafka.session_timeout_s * 0.5)
-
-    async def _release(self, budget_s: float) -> None:
-        owned = dict(self._owned)
-        self._owned.clear()
-        self._restored = False
-        self.metrics.partitions.set(0)
-        await asyncio.gather(*(self._let_go(number, one, budget_s) for number, one in owned.items()))
-
-    async def _let_go(self, number: int, owned: OwnedPartition, budget_s: float) -> None:
-        try:
-            await asyncio.wait_for(self._checkpoint(owned, budget_s), timeout=budget_s + 1.0)
-        except (LivestateError, TimeoutError) as error:
-            # What is not checkpointed here is replayed by the next owner from the last checkpoint.
-            logger.warning("partition %d is given up without a last checkpoint: %s", number, error)
-        finally:
-            self._close(number, owned)
-
-    def _close(self, number: int, owned: OwnedPartition) -> None:
-        """Let go of a partition, and of its metrics: another worker serves it."""
-        owned.close()
-        self._outputs.give_up(number)
-        self._closing[number] = owned
-        self.metrics.batches.lag.pop(number, None)
-        self.metrics.checkpoint_time.remove_by_labels({"partition": str(number)})
+        """Let go of the partitions; who gets them next waits for this, and the group with it."""
+        await self._ownership.release(self.settings.kafka.session_timeout_s * 0.5)
 
     # ---------------------------------------------------------------- events
+
+    async def _take_or_fail(self, block: FetchedBlock) -> None:
+        try:
+            await self._take(block)
+        except Exception as error:
+            self._fail(error)
+            raise
 
     async def _take(self, block: FetchedBlock) -> None:
         owned = self._owned.get(block.partition)
@@ -349,55 +222,6 @@ class Worker:
             lag=None if end is None else end - block.end,
         )  # fmt: skip
 
-    # ---------------------------------------------------------------- checkpoints
-
-    async def _checkpoint(self, owned: OwnedPartition, timeout_s: float, spread_s: float = 0.0) -> None:
-        tp = TP(self.settings.topics.events, owned.partition.number)
-
-        async def commit_position(position: int) -> bool:
-            # Of a partition taken away meanwhile nothing is left to commit, which Faust would take for a crash.
-            return tp in self._consumer.assignment() and await self._consumer.commit_positions({tp: position})
-
-        try:
-            done = await owned.checkpoint(commit_position, timeout_s, spread_s)
-        except LivestateError:
-            self.metrics.checkpoint_failures.inc()
-            raise
-        self.metrics.checkpoints.inc()
-        self.metrics.checkpoint_rows.inc(done.rows)
-        self.metrics.checkpoint_seconds.observe(done.seconds)
-        self.metrics.checkpoint_time.labels(str(owned.partition.number)).set(time.time())
-
-    async def _checkpoint_regularly(self) -> None:
-        interval_s = self.settings.worker.checkpoint_interval_s
-        clock = asyncio.get_running_loop().time
-        due = clock()
-        while True:
-            numbers = sorted(self._owned)
-            if not numbers:
-                await asyncio.sleep(interval_s)
-            # One partition after the other, evenly over the interval: no moment has the work of all.
-            for number in numbers:
-                share_s = interval_s / len(numbers)
-                due = max(due + share_s, clock())
-                await asyncio.sleep(due - clock())
-                owned = self._owned.get(number)
-                if owned is None:
-                    continue
-                try:
-                    await self._checkpoint(owned, CHECKPOINT_TIMEOUT_S, 0.5 * share_s)
-                except Fenced as error:
-                    # Another worker owns it; the group will tell this one in its next rebalance.
-                    logger.warning("%s", error)
-                    if self._owned.get(number) is owned:
-                        del self._owned[number]
-                        self._close(number, owned)
-                except BrokerError as error:
-                    is_mine = self._owned.get(number) is owned
-                    if self._outputs.failure is not None or (is_mine and owned.writer.is_broken):
-                        raise
-                    logger.warning("checkpoint of partition %d is tried again later: %s", number, error)
-
     async def _sweep_regularly(self) -> None:
         """End expired rows in short slices, and delete their embeddings."""
         while True:
@@ -432,7 +256,7 @@ class Worker:
         reasons = []
         if self._versions.serving is None:
             reasons.append("no parameters yet: is the trainer running?")
-        if not self._restored:
+        if not self._ownership.is_restored:
             reasons.append("partitions are being assigned and restored")
         return reasons
 
@@ -474,7 +298,7 @@ class Worker:
         # The consumer's thread needs these to start, and only one thread compiles at a time.
         await loop.run_in_executor(self._executor, load_kernels)
         self._warming = asyncio.create_task(self._warm_up())
-        checkpoints = asyncio.create_task(self._checkpoint_regularly())
+        checkpoints = asyncio.create_task(self._ownership.checkpoint_regularly())
         background = [
             checkpoints,
             asyncio.create_task(self._versions.follow()),
@@ -503,9 +327,8 @@ class Worker:
             await asyncio.gather(*background[1:], return_exceptions=True)
             if self._failure is None:
                 await self._stop_flow()
-                async with self._changing_hands:
-                    # After the one that is being written, if there is one; the group still sees this worker.
-                    await self._release(self.settings.worker.stop_timeout_s)
+                # After the checkpoint that is being written, if there is one; the group still sees this worker.
+                await self._ownership.release(self.settings.worker.stop_timeout_s)
             checkpoints.cancel()
             await asyncio.gather(checkpoints, return_exceptions=True)
             await self._leave()

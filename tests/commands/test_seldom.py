@@ -41,4 +41,4 @@ def test_lines_of_another_kind_are_written() -> None:
 def test_livestates_own_lines_are_all_written() -> None:
     seldom = Seldom(30.0)
     for number in range(3):
-        assert written(seldom, "stream.worker", 0.0, "partition %d restored", number) is not None
+        assert written(seldom, "stream.ownership", 0.0, "partition %d restored", number) is not None

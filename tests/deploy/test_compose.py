@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from stream.cli import EXAMPLE
+from stream.ownership import CHECKPOINT_TIMEOUT_S
 from stream.settings import ENVIRONMENT_PREFIX, load
-from stream.worker import CHECKPOINT_TIMEOUT_S
 from tests.deploy.queries import ROOT, read_yaml
 
 COMPOSE: dict[str, Any] = read_yaml("docker-compose.yml")

@@ -1,8 +1,7 @@
 """The trainer as a process: Kafka in, parameter versions out, checkpoints on the way.
 
-It reads all partitions of events and feedback by itself (no consumer group decides), from the positions of
-its checkpoint, and takes their records in the order of `Timeline`. Versions go out every `publish_interval_s`
-when something changed; a version that is not confirmed is sent again before anything newer.
+What it reads is in `trainer.intake`. Versions go out every `publish_interval_s` when something changed; a version
+that is not confirmed is sent again before anything newer.
 
 Guaranteed: what a checkpoint holds was read once; records refused since the last checkpoint are in
 dead-letters before their positions are written (twice, perhaps, after a crash). A trainer that resumes behind
@@ -23,29 +22,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
-
-from stream.errors import BrokerError, Fenced, LivestateError, ParametersError, RecordError
-from stream.kafka import client_config, ensure_topics, log_ends, producer_config, wait_until_reachable
+from stream.errors import BrokerError, Fenced, LivestateError, ParametersError
+from stream.kafka import ensure_topics, wait_until_reachable
 from stream.metrics import TrainerMetrics
 from stream.model.parameters import ParameterSet, Tensor
 from stream.settings import Settings
-from stream.wire import dead_letter_headers
+from trainer.intake import Intake
 from trainer.lag import Lag
 from trainer.monitoring import Health, Monitoring, RollbackRequest, Rollbacks
 from trainer.online import OnlineTrainer
 from trainer.pretrain import random_trunk
 from trainer.publisher import Publisher, read_latest
-from trainer.timeline import EVENTS, FEEDBACK, Record, Timeline
+from trainer.refusals import Refusals
 
 __all__ = ["TrainerService"]
 
 logger = logging.getLogger(__name__)
 
-_FETCH_RECORDS = 10_000
-_FETCH_WAIT_S = 0.02
-#: A partition is not read further ahead than this while others hold it up.
-_BUFFERED = 20_000
 #: How long one partition that brings nothing may hold up the others.
 _PATIENCE_S = 5.0
 _RETRY_S = 1.0
@@ -112,14 +105,7 @@ class TrainerService:
         self._clock = clock
         self._monotonic = monotonic
         self._stopping = threading.Event()
-        self._timeline = Timeline(settings.topics.partitions)
         self._lag = Lag(settings.trainer, self.metrics, clock, monotonic)
-        self._topics = {settings.topics.events: EVENTS, settings.topics.feedback: FEEDBACK}
-        self._paused: set[tuple[int, int]] = set()
-        self._refused: KafkaError | None = None
-        #: Ends of the partitions at the start that are still to be reached.
-        self._behind: dict[tuple[int, int], int] = {}
-        self._ends: dict[tuple[int, int], int] = {}
 
     def stop(self) -> None:
         """Ask the running service to publish what changed, write a checkpoint and return."""
@@ -150,6 +136,7 @@ class TrainerService:
 
     def _train(self) -> None:
         settings = self.settings
+        self._refusals = Refusals(settings)
         latest = read_latest(settings)
         published = latest[0] if latest is not None else None
         trainer = OnlineTrainer(
@@ -157,7 +144,7 @@ class TrainerService:
             Path(settings.trainer.data_dir),
             self._initial(published),
             self.metrics,
-            self._refuse,
+            self._refusals.send,
             self._record,
         )
         self.trainer = trainer
@@ -169,25 +156,11 @@ class TrainerService:
             else:
                 self._check_trunk(trainer, published)
                 self._open_publisher(trainer)
-            self._dead_letters = Producer(producer_config(settings))
-            consumer = Consumer(
-                client_config(
-                    settings,
-                    group_id=f"{settings.kafka.group}-trainer",
-                    enable_auto_commit=False,
-                    enable_auto_offset_store=False,
-                    isolation_level="read_committed",
-                    auto_offset_reset="earliest",
-                    enable_partition_eof=True,
-                    fetch_wait_max_ms=20,
-                    queued_min_messages=20_000,
-                    queued_max_messages_kbytes=32 * 1024,
-                )
-            )
+            intake = Intake(settings, trainer.positions, self._clock)
             try:
-                self._follow(consumer, trainer)
+                self._follow(intake, trainer)
             finally:
-                consumer.close()
+                intake.close()
         finally:
             trainer.close()
 
@@ -233,132 +206,64 @@ class TrainerService:
             return published
         return random_trunk(self.settings, [])
 
-    def _follow(self, consumer: Consumer, trainer: OnlineTrainer) -> None:
+    def _follow(self, intake: Intake, trainer: OnlineTrainer) -> None:
         settings = self.settings
-        assigned = [
-            TopicPartition(topic, p, trainer.positions.get((kind, p), 0))
-            for topic, kind in self._topics.items()
-            for p in range(settings.topics.partitions)
-        ]
-        self._find_ends(assigned)
-        consumer.assign(assigned)
         published = self._publisher.current if self._publisher is not None else None
         if not self._takes_over and (published is None or published.trunk_id != trainer.parameters.trunk_id):
             # There is no version that an earlier one could follow.
-            self._behind.clear()
+            intake.take_as_caught_up()
         checkpoints = _Timer(settings.trainer.checkpoint_interval_s)
         checkpoints.is_due(self._monotonic())
         publishing, gauges = _Timer(settings.trainer.publish_interval_s), _Timer(_GAUGES_S)
         dense, retries = _Timer(settings.trainer.dense_interval_s), _Timer(_RETRY_S)
         first = True
         moved_at = self._monotonic()
-        self._observe(consumer, trainer)
+        self._observe(intake, trainer)
         self.health.ready = True
         while not self._stopping.is_set():
             now = self._monotonic()
             if self._publisher is None:
-                if not self._behind:
+                if not intake.is_catching_up:
                     self._open_publisher(trainer)
             elif self._publisher.is_waiting:
                 if retries.is_due(now):
                     first = not self._publish(trainer) and first
             elif not self.rollbacks.requests.empty():
-                first = not self._roll_back(trainer, self.rollbacks.requests.get()) and first
+                first = not self._roll_back(intake, trainer, self.rollbacks.requests.get()) and first
             elif (
                 (first or trainer.has_changed or trainer.guards.holds_news)
-                and not self._behind
+                and not intake.is_catching_up
                 and publishing.is_due(now)
             ):
                 trainer.guards.count_held_back()
                 with_tensors = dense.is_due(now) or first
                 if first or (with_tensors and trainer.has_changed) or trainer.has_touched:
                     first = not self._publish(trainer, with_tensors) and first
-            self._fetch(consumer)
-            self._lag.note(self._timeline.oldest_ms)
+            intake.fetch()
+            self._lag.note(intake.oldest_ms)
             trainer.label_share = self._lag.label_share
-            moved = self._apply(trainer)
+            moved = self._apply(intake, trainer)
             now = self._monotonic()
-            if moved or self._timeline.is_empty:
+            if moved or intake.is_empty:
                 moved_at = now
             elif now - moved_at > _PATIENCE_S:
-                for kind, p in self._timeline.stop_waiting():
-                    logger.warning("partition %d of %s brings nothing: going on without it", p, self._name(kind))
+                intake.stop_waiting()
             if checkpoints.is_due(now) or trainer.needs_checkpoint:
                 self._checkpoint(trainer)
             if gauges.is_due(now):
-                self._observe(consumer, trainer)
+                self._observe(intake, trainer)
         if self._publisher is not None and (trainer.has_changed or self._publisher.is_waiting):
             self._publish(trainer)
         self._checkpoint(trainer, _DEAD_LETTERS_S)
-        self._observe(consumer, trainer)
+        self._observe(intake, trainer)
 
-    def _find_ends(self, assigned: list[TopicPartition]) -> None:
-        """Check the positions against the logs, and note what there is to be read again.
-
-        Raises
-        ------
-        BrokerError: a log ends before the position: it is not the log that the checkpoint was made from.
-        """
-        for tp in assigned:
-            low, high = log_ends(self.settings, tp.topic, tp.partition)
-            if high < tp.offset:
-                raise BrokerError(
-                    f"topic {tp.topic!r} partition {tp.partition} ends at offset {high}, but the checkpoint in "
-                    f"trainer.data_dir = {self.settings.trainer.data_dir!r} has read up to {tp.offset}: the topic "
-                    f"was made anew; use another trainer.data_dir, or restore the topic"
-                )
-            if low > tp.offset > 0:
-                logger.warning(
-                    "topic %s partition %d: %d records were deleted by the broker before they were read",
-                    tp.topic, tp.partition, low - tp.offset,
-                )  # fmt: skip
-            if low > tp.offset:
-                tp.offset = low
-            place = (self._topics[tp.topic], tp.partition)
-            self._ends[place] = high
-            if high > tp.offset:
-                self._behind[place] = high
-
-    def _fetch(self, consumer: Consumer) -> None:
-        found: dict[tuple[int, int], list[Record]] = {}
-        ended: set[tuple[int, int]] = set()
-        now_ms = int(self._clock() * 1000)
-        try:
-            messages = consumer.consume(_FETCH_RECORDS, timeout=_FETCH_WAIT_S)
-        except KafkaException as error:
-            raise BrokerError(f"events and feedback cannot be read: {error.args[0].str()}") from error
-        for message in messages:
-            problem = message.error()
-            if problem is None:
-                place = (self._topics[message.topic() or ""], message.partition() or 0)
-                found.setdefault(place, []).append(_record(message))
-                ended.discard(place)
-            elif problem.code() == KafkaError._PARTITION_EOF:
-                ended.add((self._topics[message.topic() or ""], message.partition() or 0))
-            elif problem.fatal():
-                raise BrokerError(f"topic {message.topic()!r} cannot be read: {problem.str()}")
-            else:
-                logger.warning("topic %s: %s", message.topic(), problem.str())
-        for (kind, p), records in found.items():
-            self._timeline.add(kind, p, records, now_ms)
-        for kind, p in ended:
-            self._timeline.end(kind, p)
-        for kind, p in found:
-            if (kind, p) not in self._paused and self._timeline.buffered(kind, p) > _BUFFERED:
-                self._paused.add((kind, p))
-                consumer.pause([TopicPartition(self._name(kind), p)])
-        for kind, p in list(self._paused):
-            if self._timeline.buffered(kind, p) < _BUFFERED // 4:
-                self._paused.discard((kind, p))
-                consumer.resume([TopicPartition(self._name(kind), p)])
-
-    def _apply(self, trainer: OnlineTrainer) -> bool:
+    def _apply(self, intake: Intake, trainer: OnlineTrainer) -> bool:
         """Apply what is ready, until a checkpoint is wanted or time is up."""
         moved = False
         until = self._monotonic() + self.settings.trainer.publish_interval_s / 2
         while True:
             blocked = [p for p in range(self.settings.topics.partitions) if trainer.joiner.is_full(p)]
-            ready = self._timeline.take(blocked)
+            ready = intake.take(blocked)
             if not ready:
                 break
             moved = True
@@ -366,10 +271,6 @@ class TrainerService:
             trainer.apply_feedback(ready.feedback)
             if trainer.needs_checkpoint or self._monotonic() > until:
                 break
-        for place, end in list(self._behind.items()):
-            # A log may end in records that no reader sees, so its end is also where reading ended.
-            if trainer.positions.get(place, 0) >= end or self._timeline.is_drained(*place):
-                del self._behind[place]
         return moved
 
     def _publish(self, trainer: OnlineTrainer, with_tensors: bool = True) -> bool:
@@ -417,14 +318,14 @@ class TrainerService:
         self.metrics.version.set(version.version)
         return True
 
-    def _roll_back(self, trainer: OnlineTrainer, request: RollbackRequest) -> bool:
+    def _roll_back(self, intake: Intake, trainer: OnlineTrainer, request: RollbackRequest) -> bool:
         """Publish a version that equals an earlier one; returns whether it was confirmed.
 
         The learners' states are in a checkpoint before anybody is served from them: a trainer that is killed in
         between publishes the same.
         """
         try:
-            if self._behind:
+            if intake.is_catching_up:
                 raise BrokerError("the trainer is still reading what there was when it started; ask again")
             trainer.roll_back(request.version)
         except LivestateError as error:
@@ -442,9 +343,7 @@ class TrainerService:
     def _checkpoint(self, trainer: OnlineTrainer, patience_s: float = 1.0) -> bool:
         """Write a checkpoint; False, and none, where dead letters that belong before it are still on their way."""
         started = self._monotonic()
-        waiting = self._dead_letters.flush(patience_s)
-        if self._refused is not None:
-            raise BrokerError(f"topic {self.settings.topics.dead_letters!r} cannot be written: {self._refused.str()}")
+        waiting = self._refusals.flush(patience_s)
         if waiting:
             logger.warning("no checkpoint: %d dead letters wait for the broker", waiting)
             return False
@@ -453,61 +352,7 @@ class TrainerService:
         self.metrics.checkpoint_time.set(self._clock())
         return True
 
-    def _observe(self, consumer: Consumer, trainer: OnlineTrainer) -> None:
+    def _observe(self, intake: Intake, trainer: OnlineTrainer) -> None:
         trainer.observe_metrics()
-        records = {}
-        for topic, kind in self._topics.items():
-            lag = 0
-            for p in range(self.settings.topics.partitions):
-                _, high = consumer.get_watermark_offsets(TopicPartition(topic, p), cached=True)
-                # Before the first fetch the client knows no end, and the one found at the start holds.
-                end = max(high, self._ends[kind, p])
-                lag += max(0, end - trainer.positions.get((kind, p), 0))
-            records[topic] = lag
-        self._lag.note(self._timeline.oldest_ms)
-        self._lag.tell(records)
-
-    def _refuse(self, record: Record, error: RecordError) -> None:
-        """Send an unusable feedback record to dead-letters, as it was received."""
-        headers = [
-            *record.headers,
-            *dead_letter_headers(
-                error.reason, str(error), self.settings.topics.feedback, record.partition, record.offset
-            ),
-        ]
-        while True:
-            try:
-                self._dead_letters.produce(
-                    self.settings.topics.dead_letters,
-                    record.value,
-                    record.key,
-                    headers=headers,
-                    on_delivery=self._delivered,
-                )
-                self._dead_letters.poll(0)
-                return
-            except BufferError:
-                self._dead_letters.poll(0.05)
-            except KafkaException as failure:
-                raise BrokerError(
-                    f"topic {self.settings.topics.dead_letters!r} cannot be written: {failure.args[0].str()}"
-                ) from failure
-
-    def _delivered(self, error: KafkaError | None, message: Message) -> None:
-        if error is not None:
-            self._refused = error
-
-    def _name(self, kind: int) -> str:
-        return self.settings.topics.events if kind == EVENTS else self.settings.topics.feedback
-
-
-def _record(message: Message) -> Record:
-    kind, timestamp_ms = message.timestamp()
-    return Record(
-        message.partition() or 0,
-        message.offset() or 0,
-        timestamp_ms if kind else 0,
-        message.key(),
-        message.value(),
-        message.headers() or (),
-    )
+        self._lag.note(intake.oldest_ms)
+        self._lag.tell(intake.waiting())

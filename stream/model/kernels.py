@@ -11,6 +11,8 @@ import math
 import numpy as np
 from numba import njit
 
+from stream.borrowing import borrowing
+
 __all__ = ["advance", "assemble", "expiry_parts", "plan", "ring_code", "scatter_hidden", "tally_bins"]
 
 _TIME_BASE = 16777216.0  # 2**24: the largest power below which float32 holds every integer
@@ -76,19 +78,19 @@ def plan(slots, accepted, offsets, applied_offset, counts, position, unique, ran
     return clients, events, starts, last
 
 
-@njit(cache=True, nogil=True)
+@borrowing()
 def _write_time(row, at, time_ms):  # type: ignore[no-untyped-def]
     high = math.floor(time_ms / _TIME_BASE)
     row[at] = np.float32(high)
     row[at + 1] = np.float32(time_ms - high * _TIME_BASE)
 
 
-@njit(cache=True, nogil=True)
+@borrowing()
 def _read_time(row, at):  # type: ignore[no-untyped-def]
     return np.float64(row[at]) * _TIME_BASE + np.float64(row[at + 1])
 
 
-@njit(cache=True, nogil=True)
+@borrowing()
 def _holds(kind, column, threshold, i, numbers, declared):  # type: ignore[no-untyped-def]
     if kind == 0:
         return True
@@ -116,14 +118,14 @@ def tally_bins(hashed, size):  # type: ignore[no-untyped-def]
     return np.int64((hashed & np.uint64(0xFFFFFFFF)) % bins), np.int64((hashed >> np.uint64(32)) % bins)
 
 
-@njit(cache=True, nogil=True)
+@borrowing()
 def _push(memory, at, slots, width):  # type: ignore[no-untyped-def]
     """Make room at the front of a range of `slots` floats; its last `width` are dropped."""
     for k in range(at + slots - 1, at + width - 1, -1):
         memory[k] = memory[k - width]
 
 
-@njit(cache=True, nogil=True)
+@borrowing()
 def _remember(  # type: ignore[no-untyped-def]
     memory, i, time_ms, elapsed_ms, late_ms, modality, numbers, hashes, lengths, declared,
     first, operations, constants, decay_half_life_ms, decay_bounds,
@@ -213,7 +215,7 @@ def _remember(  # type: ignore[no-untyped-def]
                     bits >>= np.uint64(1)
 
 
-@njit(cache=True, nogil=True)
+@borrowing()
 def advance(  # type: ignore[no-untyped-def]
     slots, position, offsets, timestamps, modality, numbers, hashes, lengths, declared,
     vectors, hidden, events_seen, last_event_ms, applied_offset,
@@ -282,7 +284,7 @@ def advance(  # type: ignore[no-untyped-def]
     return triggers
 
 
-@njit(cache=True, nogil=True)
+@borrowing()
 def assemble(  # type: ignore[no-untyped-def]
     position, dense, codes, tables, table_start, table_width, table_column, out, event_at
 ):
@@ -310,7 +312,7 @@ def assemble(  # type: ignore[no-untyped-def]
                     out[at, column + k] = tables[begin + k]
 
 
-@njit(cache=True, nogil=True)
+@borrowing()
 def scatter_hidden(source, rows, slots, columns, vectors):  # type: ignore[no-untyped-def]
     """vectors[slots[i], :columns] = source[rows[i], :columns]."""
     for i in range(rows.shape[0]):

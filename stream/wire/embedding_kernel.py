@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from stream.borrowing import borrowing
 from stream.wire.copying import copy_bytes
 
 __all__ = ["encode_embeddings", "record_bound"]
@@ -35,7 +35,7 @@ def record_bound(vector_width: int, names_length: int, task_count: int) -> int:
     return headers + len(_NAMES) + integers + 4 * vector_width + names_length + 5 * task_count
 
 
-@njit(cache=True, nogil=True)
+@borrowing()
 def _store(value: Any, width: Any, out: Any, position: Any) -> Any:
     """`width` bytes of `value`, big-endian."""
     for i in range(width):
@@ -43,13 +43,13 @@ def _store(value: Any, width: Any, out: Any, position: Any) -> Any:
     return position + width
 
 
-@njit(cache=True, nogil=True)
+@borrowing()
 def _name(index: Any, out: Any, position: Any) -> Any:
     start = _NAME_OFFSETS[index]
     return copy_bytes(_NAMES, start, _NAME_OFFSETS[index + 1] - start, out, position)
 
 
-@njit(cache=True, nogil=True)
+@borrowing()
 def _integer(value: Any, out: Any, position: Any) -> Any:
     raw = np.uint64(value)
     if value < 0:
@@ -71,7 +71,7 @@ def _integer(value: Any, out: Any, position: Any) -> Any:
     return _store(raw, 8, out, position + 1)
 
 
-@njit(cache=True, nogil=True)
+@borrowing()
 def _text_header(length: Any, out: Any, position: Any) -> Any:
     if length < 32:
         out[position] = np.uint8(0xA0 | length)
@@ -84,7 +84,7 @@ def _text_header(length: Any, out: Any, position: Any) -> Any:
     return _store(np.uint64(length), 2, out, position + 1)
 
 
-@njit(cache=True, nogil=True)
+@borrowing()
 def encode_embeddings(
     keys: Any,
     key_offsets: Any,

@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from stream.borrowing import borrowing
 from stream.wire.checks import MAX_TIMESTAMP_MS
 from stream.wire.formats import MAX_MEMBERS
 from stream.wire.reader import EVENT_ID_BYTES
@@ -52,13 +52,13 @@ _HAS_EVENT_ID = 16
 _HAS_REQUIRED = _HAS_CLIENT_ID | _HAS_TIMESTAMP | _HAS_MODALITY | _HAS_FIELDS
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@borrowing(forceinline=True)
 def _is_name(values: Any, start: Any, length: Any, names: Any, name_offsets: Any, index: Any) -> Any:
     first = name_offsets[index]
     return length == name_offsets[index + 1] - first and same_bytes(values, start, names, first, length)
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@borrowing(forceinline=True)
 def _find_name(
     values: Any, start: Any, length: Any, names: Any, name_offsets: Any, first: Any, last: Any, guess: Any
 ) -> Any:
@@ -71,7 +71,7 @@ def _find_name(
     return -1
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@borrowing(forceinline=True)
 def _skip_fields(values: Any, position: Any, end: Any) -> Any:
     pairs, position = read_map_header(values, position, end)
     if pairs < 0:
@@ -86,7 +86,7 @@ def _skip_fields(values: Any, position: Any, end: Any) -> Any:
     return position
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@borrowing(forceinline=True)
 def _category(values: Any, position: Any, end: Any, max_bytes: Any, extra: Any, extra_used: Any) -> Any:
     """Start, length, position after, extra bytes used, of a category; start < 0: at -start - 1 in `extra`.
 
@@ -114,7 +114,7 @@ def _category(values: Any, position: Any, end: Any, max_bytes: Any, extra: Any, 
     return -extra_used - 1, length, after, extra_used + length
 
 
-@njit(cache=True, nogil=True)
+@borrowing()
 def _read_items(
     values: Any,
     position: Any,
@@ -156,7 +156,7 @@ def _read_items(
     return position, used
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@borrowing(forceinline=True)
 def _read_fields(
     row: Any,
     modality: Any,
@@ -258,7 +258,7 @@ def _read_fields(
     return position, extra_used
 
 
-@njit(cache=True, nogil=True)
+@borrowing()
 def decode_regular(
     candidates: Any,
     keys: Any,
@@ -294,19 +294,19 @@ def decode_regular(
     item_hash: Any,
     item_group: Any,
     extra: Any,
+    followers: Any,
+    seen_in_row: Any,
+    item_used: Any,
 ) -> Any:
     """Fill the rows of regular records among `candidates` (bool[n]) and mark them in `accepted`.
 
     `extra` takes the text of categories that have none in the record: uint8, at least as many bytes as 20 a
     category column and record, and 25 more. Its byte 0 counts as the one after the last of `values`. `item_hash`
-    and `item_group` have room for an item a byte of `values`. The other arrays are those of `EventColumns` and of the
-    compiled schema. Returns the number of bytes used of `extra` and of items.
+    and `item_group` have room for an item a byte of `values`. Scratch: `followers` (fields and modalities) and
+    `seen_in_row` (fields), int64, all -1; `item_used`, one int64 of 0. The other arrays are those of `EventColumns` and
+    of the compiled schema. Returns the number of bytes used of `extra` and of items.
     """
-    item_used = np.zeros(1, dtype=np.int64)
-    n_fields = modality_fields[-1]
     n_modalities = len(modality_required)
-    followers = np.full(n_fields + n_modalities, -1, dtype=np.int64)
-    seen_in_row = np.full(n_fields, -1, dtype=np.int64)
     extra_base = len(values)
     extra_used = 0
     last_modality = np.int64(0)
@@ -467,7 +467,7 @@ def decode_regular(
     return extra_used, item_used[0]
 
 
-@njit(cache=True, nogil=True)
+@borrowing()
 def hash_rows(rows: Any, text: Any, category_start: Any, category_length: Any, category_hash: Any) -> Any:
     """Hash the categories of some rows; absent ones keep hash 0."""
     for row in rows:

@@ -114,6 +114,7 @@ class EventDecoder:
         self._fast = fast
         self._reader = EventReader(schema, limits)
         self._tables = _tables(schema)
+        self._n_fields = int(self._tables.modality_fields[-1])
 
     def decode(self, block: RecordBlock) -> EventColumns:
         """The columns of a block."""
@@ -166,6 +167,9 @@ class EventDecoder:
                 item_hash,
                 item_group,
                 extra,
+                np.full(self._n_fields + len(self._tables.modality_required), -1, np.int64),
+                np.full(self._n_fields, -1, np.int64),
+                np.zeros(1, np.int64),
             )
             item_hash, item_group = item_hash[:items].copy(), item_group[:items].copy()
             if used:

@@ -13,8 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from stream.borrowing import borrowing
 from stream.wire.copying import copy_bytes
 
 __all__ = ["RECORD_OVERHEAD", "write_records"]
@@ -23,7 +23,7 @@ __all__ = ["RECORD_OVERHEAD", "write_records"]
 RECORD_OVERHEAD = 5 + 1 + 10 + 5 + 5 + 5 + 1
 
 
-@njit(cache=True, nogil=True)
+@borrowing()
 def _varint_bytes(value: Any) -> Any:
     zigzag = np.uint64((value << 1) ^ (value >> 63))
     size = 1
@@ -33,7 +33,7 @@ def _varint_bytes(value: Any) -> Any:
     return size
 
 
-@njit(cache=True, nogil=True)
+@borrowing()
 def _put_varint(value: Any, out: Any, position: Any) -> Any:
     zigzag = np.uint64((value << 1) ^ (value >> 63))
     while zigzag >= np.uint64(0x80):
@@ -44,7 +44,7 @@ def _put_varint(value: Any, out: Any, position: Any) -> Any:
     return position + 1
 
 
-@njit(cache=True, nogil=True)
+@borrowing()
 def write_records(
     keys: Any,
     key_offsets: Any,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from stream.borrowing import borrowing
 from stream.wire.checksum import crc32c
 from stream.wire.copying import copy_bytes
 
@@ -65,7 +66,7 @@ FAULTS = (
 )
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@borrowing(forceinline=True)
 def _varint(buffer: Any, position: Any, end: Any) -> Any:
     """A zigzag varint of up to 64 bits and the position after it; that is -1 if the varint is not whole."""
     value = np.uint64(0)
@@ -80,7 +81,7 @@ def _varint(buffer: Any, position: Any, end: Any) -> Any:
     return np.int64(0), np.int64(-1)
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@borrowing(forceinline=True)
 def _big_endian(buffer: Any, position: Any, width: Any) -> Any:
     """A signed big-endian integer of `width` bytes."""
     value = np.uint64(0)
@@ -172,7 +173,7 @@ def plan_batches(batches: Any, committed: Any) -> Any:
     return regions, run_end, before
 
 
-@njit(cache=True, nogil=True)
+@borrowing()
 def count_undamaged(buffer: Any, batches: Any) -> Any:
     """How many rows of `read_batches` (format 2, long enough) come before the first with a wrong checksum."""
     for b in range(len(batches)):
@@ -182,7 +183,7 @@ def count_undamaged(buffer: Any, batches: Any) -> Any:
     return len(batches)
 
 
-@njit(cache=True, nogil=True)
+@borrowing()
 def read_records(text: Any, batches: Any, floor: Any, offsets: Any, timestamps_ms: Any, spans: Any) -> Any:
     """Find the records of uncompressed batches.
 

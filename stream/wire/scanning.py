@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from stream.borrowing import borrowing
 
 __all__ = [
     "hash_range",
@@ -33,7 +34,7 @@ _EXACT = 2**53
 _INT64_MAX = np.uint64(2**63 - 1)
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@borrowing(forceinline=True)
 def _load(buffer: Any, position: Any, width: Any) -> Any:
     """`width` bytes, big-endian, as uint64."""
     value = np.uint64(0)
@@ -42,7 +43,7 @@ def _load(buffer: Any, position: Any, width: Any) -> Any:
     return value
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@borrowing(forceinline=True)
 def same_bytes(left: Any, left_start: Any, right: Any, right_start: Any, length: Any) -> Any:
     for i in range(length):  # noqa: SIM110, a generator is slower once compiled
         if left[left_start + i] != right[right_start + i]:
@@ -50,7 +51,7 @@ def same_bytes(left: Any, left_start: Any, right: Any, right_start: Any, length:
     return True
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@borrowing(forceinline=True)
 def is_utf8(buffer: Any, start: Any, length: Any) -> Any:
     """Whether the bytes are UTF-8 by RFC 3629: nothing overlong, no surrogates, nothing above U+10FFFF."""
     any_high = np.uint8(0)
@@ -93,7 +94,7 @@ def is_utf8(buffer: Any, start: Any, length: Any) -> Any:
     return True
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@borrowing(forceinline=True)
 def hash_range(buffer: Any, start: Any, length: Any) -> Any:
     """`stream.wire.hashing.hash_bytes` of a range."""
     h = _FNV_BASIS
@@ -104,7 +105,7 @@ def hash_range(buffer: Any, start: Any, length: Any) -> Any:
     return h ^ (h >> np.uint64(31))
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@borrowing(forceinline=True)
 def read_map_header(buffer: Any, position: Any, end: Any) -> Any:
     """(number of pairs, position after the header); the number is -1 for anything but a map."""
     if position >= end:
@@ -119,7 +120,7 @@ def read_map_header(buffer: Any, position: Any, end: Any) -> Any:
     return -1, position
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@borrowing(forceinline=True)
 def read_array_header(buffer: Any, position: Any, end: Any) -> Any:
     """(number of members, position after the header); the number is -1 for anything but an array."""
     if position >= end:
@@ -134,7 +135,7 @@ def read_array_header(buffer: Any, position: Any, end: Any) -> Any:
     return -1, position
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@borrowing(forceinline=True)
 def read_text(buffer: Any, position: Any, end: Any) -> Any:
     """(start, bytes) of a text that lies wholly before `end`; -1 bytes for anything else."""
     if position >= end:
@@ -158,7 +159,7 @@ def read_text(buffer: Any, position: Any, end: Any) -> Any:
     return start, length
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@borrowing(forceinline=True)
 def read_integer(buffer: Any, position: Any, end: Any) -> Any:
     """(value, position after it) of an integer that fits int64; the position is -1 for anything else."""
     if position >= end:
@@ -182,7 +183,7 @@ def read_integer(buffer: Any, position: Any, end: Any) -> Any:
     return np.int64(raw << unused) >> np.int64(unused), position + 1 + width
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@borrowing(forceinline=True)
 def read_number(buffer: Any, position: Any, end: Any) -> Any:
     """(value, position after it) of a finite float or an exact integer; else position -1."""
     if position >= end:
@@ -208,7 +209,7 @@ def read_number(buffer: Any, position: Any, end: Any) -> Any:
     return np.float64(integer), after
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@borrowing(forceinline=True)
 def skip_scalar(buffer: Any, position: Any, end: Any) -> Any:
     """The position after a text, number, boolean or null; -1 for anything else."""
     if position >= end:
@@ -226,7 +227,7 @@ def skip_scalar(buffer: Any, position: Any, end: Any) -> Any:
     return after
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@borrowing(forceinline=True)
 def write_decimal(value: Any, out: Any, position: Any) -> Any:
     """Write an int64 as decimal text; the position after it. At most 20 bytes."""
     magnitude = np.uint64(value)

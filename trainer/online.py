@@ -18,32 +18,29 @@ from pathlib import Path
 
 import msgpack
 import numpy as np
-from numpy.typing import NDArray
 
 from stream.errors import ParametersError, RecordError, StoreError
 from stream.metrics import TrainerMetrics
-from stream.model.engine import Engine, Triggers
-from stream.model.heads import Questions, TaskQuestion
+from stream.model.engine import Engine
+from stream.model.heads import Questions
 from stream.model.layout import Layout
 from stream.model.parameters import ParameterSet, Tensor
 from stream.settings import Settings, row_ttls
-from stream.store import PackedKeys
-from stream.wire import EventColumns, EventDecoder, Schema, decode_feedback
+from stream.wire import EventDecoder, Schema, decode_feedback
+from trainer.capture import Capture
 from trainer.checkpoint import Changes, Database, pack_array, unpack_array
-from trainer.crossings import Crossings
 from trainer.delays import Delays
 from trainer.guards import Guards
 from trainer.history import History, KeptVersion
-from trainer.joiner import Example, Joined, Joiner
-from trainer.lag import sampled
+from trainer.joiner import Joiner
 from trainer.learner import TaskLearner
 from trainer.poison import Poison
-from trainer.publisher import TableRows
 from trainer.record import Recorder
 from trainer.replica import Replica, late_events
 from trainer.sampling import NegativeSampling
-from trainer.tables import CategoryTable
+from trainer.teaching import Teaching
 from trainer.timeline import EVENTS, FEEDBACK, Record, block_of
+from trainer.touched import TouchedRows
 from trainer.trunk_training import STATE, TrunkTraining
 
 __all__ = ["BATCH_RECORDS", "OnlineTrainer"]
@@ -89,8 +86,6 @@ class OnlineTrainer:
         self.settings = settings
         self.metrics = metrics
         self._refuse = refuse
-        #: Of the labels, how many are learned from; see `trainer.lag`.
-        self.label_share = 1.0
         self.layout = Layout.compile(settings, Schema.compile(settings))
         self._decoder = EventDecoder(self.layout.schema, settings.limits, settings.topics.format)
         self.questions = Questions(self.layout)
@@ -164,16 +159,16 @@ class OnlineTrainer:
         }
         for learner in self.learners.values():
             learner.load(database)
-        self._sampling = {
+        sampling = {
             name: NegativeSampling(name, task.negative_rate, settings.model.seed)
             for name, task in settings.tasks.items()
         }
-        self._poison = Poison(settings, self.metrics, self._refuse)
+        poison = Poison(settings, self.metrics, self._refuse)
         self.trunk = (
             TrunkTraining(
                 self.layout, database, parameters, self.learners,
-                {name: sampling.log_odds_offset for name, sampling in self._sampling.items()},
-                self.metrics, self._poison.send,
+                {name: one.log_odds_offset for name, one in sampling.items()},
+                self.metrics, poison.send,
             )
             if parameters.is_online else None
         )  # fmt: skip
@@ -184,15 +179,17 @@ class OnlineTrainer:
         self.history = History(database, settings.trainer.history_versions)
         self.guards = Guards(self.learners, settings, metrics=self.metrics)
         self.guards.load(database)
-        self._ticks: dict[str, int] = {}
+        self.touched = TouchedRows(self.learners, self.guards)
         self.recorder = Recorder(record, recorded) if record is not None else None
         self._recorded = recorded
+        self.teaching = Teaching(self.learners, sampling, self.guards, poison, self.trunk, self.recorder, self.metrics)
+        self._capture = Capture(self.questions, self.joiner, self.learners, self.teaching, self.recorder, self.metrics)
         self.serve(parameters)
 
     def serve(self, parameters: ParameterSet) -> None:
         """Predict with these parameters' heads from now on: those that the workers have."""
         self._served = self._fitting(parameters)
-        self._heads = self.questions.heads(self._served)
+        self._capture.serve(self._served)
 
     def _fitting(self, parameters: ParameterSet) -> ParameterSet:
         """Without the heads of tasks that the settings no longer have, or have otherwise."""
@@ -230,105 +227,14 @@ class OnlineTrainer:
             events = advanced.events
             if self.trunk is not None:
                 self.trunk.windows.extend(advanced.encoded, columns.timestamp_ms, self.engine)
+            self._capture.take(records, columns, advanced.triggers, late)
             partitions = np.array([record.partition for record in records], np.int64)
-            before = self._watermarks_before(partitions, columns)
-            self._capture(records, columns, advanced.triggers, late, before)
             for partition in np.unique(partitions[accepted]).tolist():
                 own = columns.timestamp_ms[columns.accepted & (partitions == partition)]
                 self.joiner.advance(partition, int(own.max()))
             self.metrics.stream_time.set(max(self.joiner.watermarks.values()) / 1000.0)
         self._move(EVENTS, records)
         return events
-
-    def _watermarks_before(self, partitions: NDArray[np.int64], columns: EventColumns) -> NDArray[np.int64]:
-        """(n,) each event's partition's watermark just before it, so that batches may be cut anywhere."""
-        before = np.zeros(columns.n, np.int64)
-        for partition in np.unique(partitions).tolist():
-            own = np.flatnonzero((partitions == partition) & columns.accepted)
-            times = np.concatenate([[self.joiner.watermarks.get(partition, 0)], columns.timestamp_ms[own[:-1]]])
-            before[own] = np.maximum.accumulate(times)[: len(own)]
-        return before
-
-    def _capture(
-        self,
-        records: Sequence[Record],
-        columns: EventColumns,
-        triggers: Triggers,
-        late: NDArray[np.bool_],
-        watermark_before: NDArray[np.int64],
-    ) -> None:
-        asked: list[tuple[int, str, NDArray[np.float32], NDArray[np.float32], int, tuple[bytes, ...]]] = []
-        for question in self.questions.tasks if len(triggers.event) else ():
-            own, inputs = question.ask(columns, triggers)
-            events = triggers.event[own]
-            keys = question.keys(columns, events)
-            said = self._said(question, inputs, keys)
-            strata = question.strata_of(columns, events).tolist()
-            tasks = [question.task] * len(own)
-            own_keys = list(zip(*(one.to_list() for one in keys), strict=True)) if keys else [()] * len(own)
-            asked += zip(events.tolist(), tasks, inputs, said, strata, own_keys, strict=True)
-        asked.sort(key=lambda one: one[0])
-        crossings = Crossings(self.joiner, records, columns, watermark_before)
-        for event, task, inputs, said, stratum, keys_there in asked:
-            self._release(crossings, event)
-            record = records[event]
-            if late[event]:
-                self.metrics.late_predictions.labels(task).inc()
-                continue
-            learner = self.learners[task]
-            if learner.observe(inputs, keys_there, int(columns.timestamp_ms[event])):
-                self._count_learned(learner)
-                if self.recorder is not None:
-                    self.recorder.standardiser(task, learner.standardiser)
-            self.joiner.advance(record.partition, int(watermark_before[event]))
-            joined = self.joiner.capture(
-                record.partition,
-                Example(
-                    task,
-                    record.key or b"",
-                    int(columns.timestamp_ms[event]),
-                    inputs,
-                    float(said[0]),
-                    self._served.version,
-                    stratum,
-                    said[1:],
-                    keys_there,
-                ),
-            )
-            if joined is not None:
-                self._learn(joined)
-            crossings.pass_by(event)
-        self._release(crossings, columns.n)
-
-    def _said(
-        self, question: TaskQuestion, inputs: NDArray[np.float32], keys: Sequence[PackedKeys]
-    ) -> NDArray[np.float32]:
-        """(k, values) of each example: the predictions, and where the head has several parts what each one alone says;
-        NaN for what is not there yet."""
-        head, outputs = self._heads.get(question.task), len(question.outputs)
-        parts = question.settings.parts
-        if head is None:
-            return np.full((len(inputs), 1), np.nan, np.float32)
-        if len(parts) == 1:
-            return head.predict(inputs, keys)
-        said, alone = head.predict_parts(inputs, keys)
-        missing = np.full((len(inputs), outputs), np.nan, np.float32)
-        return np.concatenate([said, *(alone.get(part, missing) for part in parts)], axis=1)
-
-    def _release(self, crossings: Crossings, before: int) -> None:
-        """Learn the labels that events before the one at index `before` make final."""
-        self._settle(crossings.watermarks, crossings.passed_ms)
-        while (found := crossings.first()) is not None and found.event < before:
-            crossings.pass_by(found.event)
-            for joined in self.joiner.finality.release(found.partition, found.watermark_ms, found.released_ms):
-                self._learn(joined)
-            self._settle(crossings.watermarks, found.released_ms)
-
-    def _settle(self, watermarks: Callable[[], dict[int, int]], released_ms: int) -> None:
-        """Learn the labels that are final because of what the last ones told about delays."""
-        if self.joiner.finality.is_unsettled:
-            for joined in self.joiner.finality.settle(watermarks(), released_ms):
-                self._learn(joined)
 
     def apply_feedback(self, records: Sequence[Record]) -> None:
         """Apply feedback records in order, of any partitions."""
@@ -341,8 +247,8 @@ class OnlineTrainer:
                 continue
             joined = self.joiner.feedback(record.partition, feedback, record.timestamp_ms)
             if joined is not None:
-                self._learn(joined)
-            self._settle(lambda: self.joiner.watermarks, record.timestamp_ms)
+                self.teaching.learn(joined)
+            self._capture.settle(lambda: self.joiner.watermarks, record.timestamp_ms)
             if self.trunk is not None:
                 self._go_on_with(self.trunk.learn(self.replica, self.joiner.watermarks))
         self._move(FEEDBACK, records)
@@ -353,90 +259,22 @@ class OnlineTrainer:
             self.parameters = self.parameters.updated(learned, self.parameters.version)
             self.engine = self.engine.moved(self.parameters)
 
-    def _learn(self, label: Joined) -> None:
-        joined = sampled(label, self.label_share)
-        if joined is None:
-            self.metrics.passed_over.labels(label.example.task).inc()
-            return
-        example = joined.example
-        learner = self.learners[example.task]
-        if joined.early:
-            self.metrics.early_labels.labels(example.task, "positive" if joined.label else "negative").inc()
-        sampling = self._sampling[example.task]
-        self.guards.take(joined)
-        if joined.label is not False or sampling.keeps(example.client_id, example.as_of_ms):
-            learner.learn(
-                example.inputs, joined.label, joined.weight, example.prediction, joined.published_ms,
-                log_odds_offset=sampling.log_odds_offset, others=example.others, final_ms=joined.final_ms,
-                keys=example.keys,
-            )  # fmt: skip
-            self._poison.learned(joined, learner.dropped)
-            if self.trunk is not None and not learner.dropped:
-                self.trunk.note(joined)
-        else:
-            self.metrics.sampled_out.labels(example.task).inc()
-            learner.judge(joined.label, example.prediction, example.others)
-        if self.recorder is not None:
-            self.recorder.example(joined)
-        self._count_learned(learner)
-        self.guards.judge(example.task)
-
-    def _count_learned(self, learner: TaskLearner) -> None:
-        self.metrics.learned.labels(learner.task).inc(learner.learned)
-        self.metrics.dropped.labels(learner.task).inc(learner.dropped)
-        learner.learned = learner.dropped = 0
-
     def _move(self, kind: int, records: Sequence[Record]) -> None:
         for record in records:
             self.positions[kind, record.partition] = record.offset + 1
 
     def tensors(self) -> dict[str, Tensor]:
         """What a version published now would hold: the trunk, and every task's head; of one that is held back, what is
-        served. Then `tables`, and the rest."""
+        served. The rows of tables are `touched`."""
         if self.trunk is not None:
             self.trunk.offer()
         return {**self.parameters, **self.guards.tensors(self._served)}
-
-    def tables(self) -> dict[str, TableRows]:
-        """The tables that heads read, with the rows that changed since the last confirmed version, if they may be
-        published."""
-        found = {}
-        for table in self._tables():
-            rows, self._ticks[table.name] = table.touched()
-            found[table.name] = TableRows(table.width, rows)
-        for name, width in self.guards.held_tables():
-            found[name] = TableRows(width, {})
-        return found
-
-    def _tables(self) -> list[CategoryTable]:
-        """Those that are not held back."""
-        held = self.guards.held
-        return [table for task, learner in self.learners.items() if task not in held for table in learner.tables]
-
-    def compare(self, published: ParameterSet | None) -> None:
-        """Take rows that differ from the published ones for changed."""
-        for learner in self.learners.values():
-            for table in learner.tables:
-                table.compare(published.tables.get(table.name) if published is not None else None)
 
     @property
     def has_changed(self) -> bool:
         """Whether something was learned that no confirmed version has and that may be published."""
         moved = self.trunk is not None and self.trunk.has_changed
-        return moved or bool(self.unpublished()) or self.has_touched
-
-    @property
-    def has_touched(self) -> bool:
-        """Whether a row of a table has changed since the last confirmed version."""
-        return any(table.has_touched for table in self._tables())
-
-    def confirm_rows(self) -> None:
-        """The rows that `tables` gave last are in a confirmed version."""
-        ticks, self._ticks = self._ticks, {}
-        for learner in self.learners.values():
-            for table in learner.tables:
-                if table.name in ticks:
-                    table.confirm(ticks[table.name])
+        return moved or bool(self.unpublished()) or bool(self.touched)
 
     def unpublished(self) -> dict[str, int]:
         """By task, how many labels its posterior has that no confirmed version has; none of one that is held back."""

@@ -189,7 +189,7 @@ class TrainerService:
         if publisher.current is not None and publisher.current.trunk_id == trainer.parameters.trunk_id:
             trainer.serve(publisher.current)
         self._publisher = publisher
-        trainer.compare(publisher.current)
+        trainer.touched.compare(publisher.current)
         self.metrics.taking_over.set(0)
         logger.info(
             "trainer publishes: %s, trunk %s, last version %d, epoch %d",
@@ -237,11 +237,11 @@ class TrainerService:
             ):
                 trainer.guards.count_held_back()
                 with_tensors = dense.is_due(now) or first
-                if first or (with_tensors and trainer.has_changed) or trainer.has_touched:
+                if first or (with_tensors and trainer.has_changed) or trainer.touched:
                     first = not self._publish(trainer, with_tensors) and first
             intake.fetch()
             self._lag.note(intake.oldest_ms)
-            trainer.label_share = self._lag.label_share
+            trainer.teaching.label_share = self._lag.label_share
             moved = self._apply(intake, trainer)
             now = self._monotonic()
             if moved or intake.is_empty:
@@ -293,7 +293,7 @@ class TrainerService:
                     is_kept = self._rolled_back is not None or may_keep
                     self._states = trainer.states() if is_kept else None
                 self._created_ms = int(self._clock() * 1000)
-                version = publisher.publish(tensors, feedback_ms, self._created_ms, trainer.tables())
+                version = publisher.publish(tensors, feedback_ms, self._created_ms, trainer.touched.offer())
         except Fenced:
             raise
         except BrokerError as error:
@@ -303,7 +303,7 @@ class TrainerService:
             return False
         self.health.ready = True
         trainer.confirm(self._included)
-        trainer.confirm_rows()
+        trainer.touched.confirm()
         trainer.serve(version)
         request, self._rolled_back = self._rolled_back, None
         if self._states is not None:

@@ -155,8 +155,8 @@ def test_a_killed_trainer_ends_bit_for_bit_as_an_undisturbed_one(
         assert theirs is not None
         assert np.array_equal(ours["head/redeemed/weight"], theirs["head/redeemed/weight"])
         assert np.array_equal(theirs["head/redeemed/weight"], posterior(relearned).mean)
-        other.compare(theirs)
-        assert not other.has_touched
+        other.touched.compare(theirs)
+        assert not other.touched
         assert dict(ours.tables["redeemed.kind"].items()) == dict(theirs.tables["redeemed.kind"].items())
         assert ours.tables["redeemed.kind"].rows == 3
     records = [read_record(live.directory / "record")["redeemed"] for live in (calm, killed)]

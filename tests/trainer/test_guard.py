@@ -225,11 +225,11 @@ def test_a_version_has_what_is_served_of_a_task_that_is_held_back(tmp_path: Path
     trainer = open_trainer(tmp_path, shop(), metrics)
     give(trainer, 0, RIGHT)
     good = ParameterSet(trainer.tensors(), 7)
-    trainer.tables()
+    trainer.touched.offer()
     included = trainer.unpublished()
     trainer.serve(good)
     trainer.confirm(included)
-    trainer.confirm_rows()
+    trainer.touched.confirm()
     assert not trainer.has_changed
     # When they are wrong for a while, and it is found out
     give(trainer, RIGHT, WRONG, wrong=True)
@@ -244,7 +244,7 @@ def test_a_version_has_what_is_served_of_a_task_that_is_held_back(tmp_path: Path
     assert {name: one.tobytes() for name, one in trainer.tensors().items()} == {
         name: one.tobytes() for name, one in good.items()
     }
-    assert {name: table.rows for name, table in trainer.tables().items()} == {"redeemed.kind": {}}
+    assert {name: table.rows for name, table in trainer.touched.offer().items()} == {"redeemed.kind": {}}
     assert trainer.guards.holds_news
     trainer.guards.count_held_back()
     assert not trainer.guards.holds_news
@@ -265,10 +265,10 @@ def test_a_version_has_what_is_served_of_a_task_that_is_held_back(tmp_path: Path
     assert learner.labels < RIGHT
     assert 0 <= trainer.unpublished()["redeemed"] < PIECE
     assert trainer.tensors()["head/redeemed/weight"].tobytes() == learner.head()["head/redeemed/weight"].tobytes()
-    assert trainer.tables()["redeemed.kind"].rows.keys() == {b"*", b"=x", b"=y"}
+    assert trainer.touched.offer()["redeemed.kind"].rows.keys() == {b"*", b"=x", b"=y"}
     included = trainer.unpublished()
     trainer.confirm(included)
-    trainer.confirm_rows()
+    trainer.touched.confirm()
     assert not trainer.has_changed
     give(trainer, number, PIECE)
     assert trainer.unpublished() == {"redeemed": PIECE}

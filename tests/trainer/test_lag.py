@@ -101,7 +101,7 @@ def test_rows_and_outcomes_are_those_of_all_where_labels_are_sampled(tmp_path: P
     for name, share in (("whole", 1.0), ("sample", 0.5)):
         metrics = TrainerMetrics()
         trainer = open_trainer(tmp_path / name, shop.settings(), metrics)
-        trainer.label_share = share
+        trainer.teaching.label_share = share
         feed(trainer, merged(*year(800)))
         trainer.checkpoint(0)
         found.append(trainer)

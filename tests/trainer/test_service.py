@@ -96,7 +96,7 @@ def test_rows_go_out_between_versions_with_tensors(new_embedded_shop: NewShop) -
         # When labels come
         live.publish(live.settings.topics.feedback, feedback)
         trainer.wait(LEARNED, CLIENTS, task="redeemed")
-        wait_for(lambda: not trainer.service.trainer.has_touched, 30, "every row is published")
+        wait_for(lambda: not trainer.service.trainer.touched, 30, "every row is published")
         # Then what they taught the tables is out, and the head waits
         early = read_latest(live.settings)
     late = read_latest(live.settings)

@@ -241,7 +241,7 @@ def learned(directory: Path, events: list[Record], feedback: list[Record]) -> On
 
 
 def contents(trainer: OnlineTrainer) -> dict[str, dict[bytes, bytes | None]]:
-    return {name: dict(table.rows) for name, table in trainer.tables().items()}
+    return {name: dict(table.rows) for name, table in trainer.touched.offer().items()}
 
 
 def test_weights_of_values_are_learned_and_rare_ones_share_one(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_a_trainer_that_lost_what_followed_its_checkpoint_learns_the_same_again(
     again.apply_feedback(feedback[100:])
     # Then both have the same, the variances too
     for trainer in (calm, again):
-        trainer.compare(None)
+        trainer.touched.compare(None)
     assert contents(again) == contents(calm)
     for trainer in (calm, again):
         trainer.checkpoint(0)
@@ -297,16 +297,16 @@ def test_a_worker_predicts_with_the_rows_that_were_published(new_embedded_shop: 
     events, feedback = story()
     trainer = learned(tmp_path, events, feedback)
     publisher = Publisher(live.settings)
-    trainer.serve(publisher.publish(trainer.tensors(), [], 0, trainer.tables()))
-    trainer.confirm_rows()
-    assert not trainer.has_touched
+    trainer.serve(publisher.publish(trainer.tensors(), [], 0, trainer.touched.offer()))
+    trainer.touched.confirm()
+    assert not trainer.touched
     # When a label makes a row better, only what it touched follows
     client = "late"
     at = START_MS + 900 * 60_000
     trainer.apply_events(records([(client, send(client, at, "m3"))], first=len(events)))
     trainer.apply_feedback(records([(client, answer(client, at, True, at + DAY_MS))], first=len(feedback)))
     assert {name: len(rows) for name, rows in contents(trainer).items()} == {"redeemed.merchant": 1, "redeemed.city": 1}
-    published = publisher.publish(trainer.tensors(), [], 0, trainer.tables())
+    published = publisher.publish(trainer.tensors(), [], 0, trainer.touched.offer())
     publisher.close()
     latest = read_latest(live.settings)
     assert latest is not None

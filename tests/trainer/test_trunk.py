@@ -96,7 +96,7 @@ class Clients:
 
     def tables(self) -> dict[str, RowTable]:
         found = {}
-        for name, given in self.trainer.tables().items():
+        for name, given in self.trainer.touched.offer().items():
             found[name] = RowTable(given.width)
             found[name].stage(given.rows)
         return found

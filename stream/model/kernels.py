@@ -126,6 +126,18 @@ def _push(memory, at, slots, width):  # type: ignore[no-untyped-def]
 
 
 @borrowing()
+def _place_in_top(memory, at, codes, size, high, low):  # type: ignore[no-untyped-def]
+    """Where a value is kept or, where it is not, the first place with the smallest count."""
+    smallest = 0
+    for k in range(size):
+        if memory[codes + 2 * k] == high and memory[codes + 2 * k + 1] == low:
+            return k
+        if memory[at + k] < memory[at + smallest]:
+            smallest = k
+    return smallest
+
+
+@borrowing()
 def _remember(  # type: ignore[no-untyped-def]
     memory, i, time_ms, elapsed_ms, late_ms, modality, numbers, hashes, lengths, declared,
     first, operations, constants, decay_half_life_ms, decay_bounds,
@@ -192,6 +204,17 @@ def _remember(  # type: ignore[no-untyped-def]
                 high, low = ring_code(hashes[i, column])
                 memory[at] = high
                 memory[at + 1] = low
+        elif kind == 10:
+            column = operations[o, 5]
+            if lengths[i, column] >= 0:
+                codes = operations[o, 3]
+                high, low = ring_code(hashes[i, column])
+                place = _place_in_top(memory, at, codes, operations[o, 2], high, low)
+                if memory[codes + 2 * place] != high or memory[codes + 2 * place + 1] != low:
+                    memory[codes + 2 * place] = high
+                    memory[codes + 2 * place + 1] = low
+                    memory[at + place] = np.float32(0.0)
+                memory[at + place] += np.float32(weight)
         elif kind == 9:
             column = operations[o, 5]
             if lengths[i, column] >= 0:

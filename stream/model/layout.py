@@ -6,7 +6,8 @@ decay, then times. A time is kept in two float32 values, `high * 2**24 + low` mi
 means never.
 
 A `tally` is two rows of bins, and a value counts in one bin of each. What keeps the latest values has the newest first.
-A `ring` keeps two floats a value, 24 bits of its hash each and (0, 0) where there is none yet. A `last` of a category
+A `ring` keeps two floats a value, 24 bits of its hash each and (0, 0) where there is none yet. A `top` keeps counts,
+which may decay, and behind what does not decay the same two floats for each of them. A `last` of a category
 keeps 1 + the value's number, one more than declared for any other, 0 for none yet; a `last` of a number the numbers,
 and behind them how many there are.
 """
@@ -26,7 +27,7 @@ from stream.wire import ModalitySchema, Schema
 __all__ = ["EmbeddedField", "Layout", "Operation", "OperationTable"]
 
 #: Operation kinds as the kernel knows them.
-COUNT, SUM, VISITS, LAST_TIME, SKETCH, FIRST_TIME, LAST_NUMBER, LAST_CATEGORY, RING, TALLY = range(10)
+COUNT, SUM, VISITS, LAST_TIME, SKETCH, FIRST_TIME, LAST_NUMBER, LAST_CATEGORY, RING, TALLY, TOP = range(11)
 _KINDS = {
     "count": COUNT,
     "sum": SUM,
@@ -34,6 +35,7 @@ _KINDS = {
     "first_time": FIRST_TIME,
     "last_time": LAST_TIME,
     "ring": RING,
+    "top": TOP,
     "tally": TALLY,
     "sketch": SKETCH,
 }
@@ -57,7 +59,7 @@ class EmbeddedField:
 
 @dataclass(frozen=True)
 class Operation:
-    """One memory of the settings and where its floats lie."""
+    """One memory of the settings and where its floats lie; of a `top` its counts, and at `time_start` their values."""
 
     memory: Memory
     start: int
@@ -164,6 +166,8 @@ def _slots(settings: Settings, memory: Memory) -> int:
         return memory.dimensions
     if memory.kind == "ring":
         return 2 * memory.size
+    if memory.kind == "top":
+        return memory.size
     if memory.kind == "tally":
         return 2 * memory.dimensions
     declared = settings.modalities[memory.modality].fields
@@ -189,6 +193,8 @@ def _place(settings: Settings) -> tuple[tuple[Operation, ...], int]:
             at += 2 * _slots(settings, memory)
         elif memory.kind == "visits":
             at += 2
+        elif memory.kind == "top":
+            at += 2 * memory.size
     operations = []
     for memory in settings.memory:
         start = times[memory.name] if memory.is_time else starts[memory.name]

@@ -99,16 +99,18 @@ class Readout:
             seen = time_ms > 0
             hours = np.where(seen, np.maximum(now_ms[:, None] - time_ms, 0.0) / 3_600_000.0, 0.0)
             pairs = np.stack([np.log1p(hours), seen], axis=2).astype(np.float32)
-            parts.append(pairs.reshape(len(memory), -1))
+            parts.append(pairs.reshape(len(memory), 2 * pairs.shape[1]))
         for where, values in self._latest:
             kept = memory[:, where]
             if values:
-                parts.append((kept[:, :, None] == np.arange(1, values + 1)).reshape(len(memory), -1))
+                parts.append(
+                    (kept[:, :, None] == np.arange(1, values + 1)).reshape(len(memory), values * kept.shape[1])
+                )
             else:
                 numbers, count = kept[:, :-1], kept[:, -1:]
                 there = np.arange(numbers.shape[1]) < count
                 pairs = np.stack([np.copysign(np.log1p(np.abs(numbers)), numbers), there], axis=2)
-                parts.append(pairs.reshape(len(memory), -1))
+                parts.append(pairs.reshape(len(memory), 2 * pairs.shape[1]))
         return np.concatenate(parts, axis=1).astype(np.float32, copy=False)
 
 

@@ -15,6 +15,8 @@ __all__ = ["check"]
 _TTL_SPREAD_S = 4 * 365 * 86_400
 #: Kinds of memory that keep amounts.
 _STATISTICS = ("count", "sum", "visits")
+#: Kinds of memory that keep values of a category, declared or not.
+_OF_ITEMS = ("ring", "top", "tally", "sketch")
 #: Longest value with a row of its own: a key of the store, less the byte that says what it is of.
 _TABLED_BYTES = 1023
 
@@ -157,13 +159,13 @@ def _check_http(worker: Worker) -> None:
 
 def _check_candidates(settings: Settings, name: str, task: Task) -> None:
     listing = sorted(key for key, field in settings.modalities[task.on].fields.items() if field.type == "items")
-    matched = sorted(memory.name for memory in settings.memory if memory.kind in ("ring", "tally"))
+    matched = sorted(memory.name for memory in settings.memory if memory.kind in ("ring", "top", "tally"))
     for field_name, memories in task.candidates.items():
         if field_name not in listing:
             _refuse(f"{name}.candidates", field_name, f"fields of {task.on} of type items: {listing}")
         for memory_name in memories:
             if memory_name not in matched:
-                _refuse(f"{name}.candidates.{field_name}", memory_name, f"rings and tallies: {matched}")
+                _refuse(f"{name}.candidates.{field_name}", memory_name, f"rings, tops and tallies: {matched}")
 
 
 def _check_field(name: str, field: Field) -> None:
@@ -190,7 +192,7 @@ def _check_memory(settings: Settings, memory: Memory) -> None:
     def fields(kind: str) -> list[str]:
         return sorted(key for key, field in modality.fields.items() if field.type == kind)
 
-    needs = {"sum": "number", "sketch": "category", "ring": "category", "tally": "category"}.get(memory.kind)
+    needs = "number" if memory.kind == "sum" else "category" if memory.kind in _OF_ITEMS else None
     if needs is not None and memory.field not in fields(needs):
         _refuse(f"{name}.field", memory.field, f"a {needs} field of {memory.modality}: {fields(needs)}")
     if memory.kind == "last":
@@ -218,8 +220,8 @@ def _check_memory(settings: Settings, memory: Memory) -> None:
         wholes = [m.name for m in settings.memory if m.kind in _STATISTICS and m.by is None and m.name != memory.name]
         if memory.per not in wholes:
             _refuse(f"{name}.per", memory.per, f"a count, sum or visits without `by`: {wholes}")
-    if memory.kind not in ("last", "ring") and memory.size != 1:
-        _refuse(f"{name}.size", memory.size, "nothing: only `last` and `ring` have a size")
+    if memory.kind not in ("last", "ring", "top") and memory.size != 1:
+        _refuse(f"{name}.size", memory.size, "nothing: only `last`, `ring` and `top` have a size")
     if memory.where is not None:
         where = memory.where
         given = [key for key in ("above", "below", "equals") if getattr(where, key) is not None]

@@ -140,7 +140,7 @@ class Field(_Section, frozen=True):
     #: number: whether the encoder reads it, after a signed logarithm and scaling.
     encode: bool = True
     #: items: most categories in the list, over all its groups.
-    max_items: Annotated[int, Meta(ge=1, le=4096)] = 1024
+    max_items: Annotated[int, Meta(ge=1, le=65_536)] = 1024
 
 
 class Modality(_Section, frozen=True):
@@ -171,11 +171,13 @@ class Memory(_Section, frozen=True):
     kind `count`: events; `sum`: a number field; `visits`: events that come more than `gap_s` after the previous
     one of the modality; `first_time`, `last_time`: when it first or last happened; `last`: the latest `size` values
     of a number field, or of a category field with declared `values`; `ring`: the latest `size` values of any
-    category field, as 48 bits of their hash; `tally`: counts of all values of any category field, in twice
-    `dimensions` bins (a count-min sketch: Cormode and Muthukrishnan, 2005); `sketch`: sum of fixed random sign codes
-    of a category field, `dimensions` wide. `half_life_s` makes count, sum, visits, tally and sketch decay; `by` keeps
-    one slot for every declared value of a category field and one for all others. Latest by arrival: of two events the
-    one with the larger offset, also where it is late. Rings and tallies are read where a task has `candidates`.
+    category field, as 48 bits of their hash; `top`: up to `size` values of any category field, so too, each with its
+    count (a value that is not among them takes the place of the one with the smallest count, and begins anew);
+    `tally`: counts of all values of any category field, in twice `dimensions` bins (a count-min sketch: Cormode and
+    Muthukrishnan, 2005); `sketch`: sum of fixed random sign codes of a category field, `dimensions` wide. `half_life_s`
+    makes count, sum, visits, top, tally and sketch decay; `by` keeps one slot for every declared value of a category
+    field and one for all others. Latest by arrival: of two events the one with the larger offset, also where it is
+    late. Rings, tops and tallies are read where a task has `candidates`.
     """
 
     #: Names its features.
@@ -183,8 +185,8 @@ class Memory(_Section, frozen=True):
     #: The kind of event that updates it.
     modality: Name
     #: What is kept; see above.
-    kind: Literal["count", "sum", "visits", "first_time", "last_time", "last", "ring", "tally", "sketch"]
-    #: sum: the number added; last: the number or category kept; ring, tally, sketch: the category.
+    kind: Literal["count", "sum", "visits", "first_time", "last_time", "last", "ring", "top", "tally", "sketch"]
+    #: sum: the number added; last: the number or category kept; ring, top, tally, sketch: the category.
     field: Name | None = None
     #: count, sum, first_time, last_time: one slot for each declared value of this category field, and one for all
     #: others.
@@ -199,7 +201,7 @@ class Memory(_Section, frozen=True):
     dimensions: Annotated[int, Meta(ge=1, le=1024)] = 32
     #: count, sum, visits: heads read it as a share of this other memory, which keeps one value; by itself by default.
     per: Name | None = None
-    #: last, ring: how many values are kept.
+    #: last, ring, top: how many values are kept.
     size: Annotated[int, Meta(ge=1, le=256)] = 1
 
     @property
@@ -336,7 +338,7 @@ class Task(_Section, frozen=True):
     standardise_after: Annotated[int, Meta(ge=2)] = 500
     #: Fields of `on` that the head sees: numbers, and categories with declared `values` (one input each).
     inputs: list[Name] = []
-    #: Fields of `on` of type `items` that list candidates, each with the rings and tallies that are matched with them.
+    #: Fields of `on` of type `items` that list candidates, each with the rings, tops and tallies matched with them.
     candidates: dict[Name, list[Name]] = {}
     #: logistic, linear: category fields of `on` whose every value has a learned weight of its own, with a variance of
     #: its own, updated with each label.

@@ -82,7 +82,13 @@ half_life_s = 31_536_000
 name = "recent"
 kind = "ring"
 field = "mcc"
-size = 28
+size = 13
+[[memory]]
+name = "most"
+kind = "top"
+field = "mcc"
+size = 10
+half_life_s = 2_592_000
 """
 
 

@@ -33,8 +33,9 @@ def _settings() -> Settings:
         # So many bins that no two of the twelve shops share both of theirs.
         Memory(name="bought", modality="pay", kind="tally", field="merchant", dimensions=1024, half_life_s=1e9),
         Memory(name="recent", modality="pay", kind="ring", field="merchant", size=4),
+        Memory(name="most", modality="pay", kind="top", field="merchant", size=3),
     ]
-    task = msgspec.structs.replace(small.tasks["accepted"], candidates={"channels": ["bought", "recent"]})
+    task = msgspec.structs.replace(small.tasks["accepted"], candidates={"channels": ["bought", "recent", "most"]})
     return msgspec.structs.replace(small, memory=described, tasks={"accepted": task})
 
 
@@ -78,20 +79,28 @@ groups_of_shops = st.lists(st.lists(st.sampled_from(SHOPS), min_size=1, max_size
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(SHOPS), max_size=20), groups_of_shops)
-def test_candidates_are_counted_by_group_in_all_memory_and_in_the_ring(
+def test_candidates_are_counted_by_group_in_all_memory_in_the_ring_and_in_the_top(
     bought: list[str], groups: list[list[str]]
 ) -> None:
     # Given payments in some shops, and an offer that lists groups of shops
     seen = _seen(bought, groups)
-    # When they are counted by hand, all of them and the last four
+    # When they are counted by hand, all of them, the last four, and those three that have not made way for another
     everything = {shop: bought.count(shop) for shop in bought}
     latest = {shop: bought[-4:].count(shop) for shop in bought}
-    # Then mean of the best, best, mean and union of both are what the head sees
-    np.testing.assert_allclose(seen, _by_hand(everything, groups) + _by_hand(latest, groups), rtol=1e-6, atol=1e-6)
+    most: dict[str, int] = {}
+    for shop in bought:
+        if shop not in most and len(most) == 3:
+            # In the order of their places.
+            place = min(most, key=lambda name: most[name])
+            most = {shop if name == place else name: 0 if name == place else count for name, count in most.items()}
+        most[shop] = most.get(shop, 0) + 1
+    # Then mean of the best, best, mean and union of each are what the head sees
+    expected = [part for held in (everything, latest, most) for part in _by_hand(held, groups)]
+    np.testing.assert_allclose(seen, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_an_offer_that_lists_nothing_matches_nothing() -> None:
-    assert _seen(SHOPS, []).tolist() == _seen(SHOPS, None).tolist() == [0.0] * 8
+    assert _seen(SHOPS, []).tolist() == _seen(SHOPS, None).tolist() == [0.0] * 12
 
 
 def test_what_is_seen_of_an_event_does_not_depend_on_the_others_of_its_batch() -> None:
@@ -126,7 +135,7 @@ def test_the_head_of_a_task_sees_its_candidates() -> None:
         ),
         (
             '{ channels = ["merchants"] }',
-            r"candidates\.channels = 'merchants': expected rings and tallies: \['channel_c",
+            r"candidates\.channels = 'merchants': expected rings, tops and tallies: \['channel_c",
         ),
     ],
 )

@@ -68,6 +68,7 @@ kinds = st.one_of(
     _kind("last", field=st.sampled_from(["amount", "merchant"]), size=sizes),
     _kind("last", modality=st.just("offer"), field=st.sampled_from(["product", "rate"]), where=st.none(), size=sizes),
     _kind("ring", field=st.sampled_from(["channel", "merchant"]), size=sizes),
+    _kind("top", field=st.sampled_from(["channel", "merchant"]), size=sizes, half_life_s=half_lives),
     _kind(
         "tally", field=st.sampled_from(["channel", "merchant"]), dimensions=st.integers(1, 9), half_life_s=half_lives
     ),
@@ -139,6 +140,8 @@ def _expected(memory: Memory, events: list[Event]) -> NDArray[np.float64]:
     visited = 0
     latest: list[float] = []
     bins = np.zeros(2 * memory.dimensions)
+    names: list[str] = []
+    counts: list[float] = []
     for event in taken:
         value = event.fields.get(memory.field or "")
         slot = (*MERCHANTS, event.fields["merchant"]).index(event.fields["merchant"]) if memory.by else 0
@@ -158,6 +161,14 @@ def _expected(memory: Memory, events: list[Event]) -> NDArray[np.float64]:
         elif value is not None and memory.kind == "tally":
             one, other = tally_bins(np.uint64(hash_bytes(value.encode())), memory.dimensions)
             bins[[one, memory.dimensions + other]] += left
+        elif value is not None and memory.kind == "top":
+            if value not in names and len(names) == memory.size:
+                smallest = counts.index(min(counts))
+                names[smallest], counts[smallest] = value, 0.0
+            elif value not in names:
+                names.append(value)
+                counts.append(0.0)
+            counts[names.index(value)] += 1.0
         elif value is not None and memory.kind == "ring":
             latest = [*map(float, ring_code(np.uint64(hash_bytes(value.encode())))), *latest]
         elif value is not None and isinstance(value, str):
@@ -167,6 +178,12 @@ def _expected(memory: Memory, events: list[Event]) -> NDArray[np.float64]:
             latest = [value, *latest]
     if memory.kind == "tally":
         return bins
+    if memory.kind == "top":
+        codes = [float(half) for name in names for half in ring_code(np.uint64(hash_bytes(name.encode())))]
+        out = np.zeros(3 * memory.size)
+        out[: len(counts)] = counts
+        out[memory.size : memory.size + len(codes)] = codes
+        return out
     if memory.kind in ("last", "ring"):
         kept = memory.size * (2 if memory.kind == "ring" else 1)
         numbers = memory.field in ("amount", "rate")
@@ -181,6 +198,9 @@ def _kept(layout: Layout, number: int, memory: NDArray[np.float32]) -> NDArray[n
     operation = layout.operations[number]
     width = operation.slots * (2 if operation.memory.is_time else 1)
     floats = memory[operation.start : operation.start + width].astype(np.float64)
+    if operation.memory.kind == "top":
+        values = memory[operation.time_start : operation.time_start + 2 * operation.slots]
+        return np.concatenate([floats, values.astype(np.float64)])
     return floats[0::2] * 2.0**24 + floats[1::2] if operation.memory.is_time else floats
 
 
@@ -198,10 +218,11 @@ def test_any_memory_is_what_its_definition_says(described: list[Memory], drawn: 
         memory = rows.vectors[client, layout.hidden :]
         assert np.isfinite(memory).all()
         for number, one in enumerate(described):
-            if one.kind != "sketch":
+            # Which count is the smallest is a matter of float32's rounding where counts decay.
+            if one.kind != "sketch" and not (one.kind == "top" and one.half_life_s):
                 expected, kept = _expected(one, own), _kept(layout, number, memory)
                 largest = sum(abs(e.fields.get("amount", 0.0)) for e in own) if one.kind == "sum" else 1.0
-                exact = one.is_time or one.kind in ("last", "ring")
+                exact = one.is_time or one.kind in ("last", "ring", "top")
                 np.testing.assert_allclose(
                     kept, expected, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-5 * largest
                 )
@@ -265,6 +286,26 @@ def test_the_latest_values_read_out_one_hot_and_as_signed_logarithms() -> None:
     assert not any(name.startswith("ring") for name in readout.names)
 
 
+def test_a_value_takes_the_place_of_the_smallest_count_as_it_has_decayed() -> None:
+    # Given places for two values, of counts that halve in an hour, and three payments by phone, then two on the web
+    kept = Memory(name="top", modality="pay", kind="top", field="channel", size=2, half_life_s=3600)
+    layout = _layout([kept])
+    hours = [(0, "phone")] * 3 + [(0, "web")] * 2
+    # When one is made at a desk, two hours later, and two more on the web, one of them late by an hour
+    hours += [(2, "desk"), (2, "phone"), (2, "web"), (1, "web")]
+    events = [
+        Event(0, START_MS + 3_600_000 * at, "pay", {"amount": 1.0, "merchant": "fuel", "channel": channel})
+        for at, channel in hours
+    ]
+    rows = PlainRows(1, layout.width)
+    Engine(layout, random_trunk(layout)).advance(_columns(events), np.zeros(len(events), np.int64), rows)
+    # Then the desk took the web's place, and the web the desk's, beginning anew; what is late counts by what is left
+    counts, codes = np.split(_kept(layout, 0, rows.vectors[0, layout.hidden :]), [2])
+    assert counts.tolist() == [3 / 4 + 1, 1 + 1 / 2]
+    halves = [ring_code(np.uint64(hash_bytes(name))) for name in (b"phone", b"web")]
+    assert codes.tolist() == [float(half) for two in halves for half in two]
+
+
 def test_a_late_event_moves_a_first_time_back() -> None:
     layout = _layout([Memory(name="first", modality="pay", kind="first_time")])
     fields = {"amount": 1.0, "merchant": "fuel"}
@@ -282,19 +323,29 @@ def test_a_late_event_moves_a_first_time_back() -> None:
         ('kind = "last"\nfield = "amount"\nhalf_life_s = 5', r"half_life_s = 5\.0: expected nothing: kind 'last' does"),
         ('kind = "last"\nfield = "amount"\nby = "merchant"', r"by = 'merchant': expected nothing: kind 'last' keeps"),
         ('kind = "ring"\nfield = "amount"', r"field = 'amount': expected a category field of pay"),
-        ('kind = "ring"\nfield = "channel"\nsize = 0', r"memory\[16\]\.size: Expected `int` >= 1"),
+        ('kind = "ring"\nfield = "channel"\nsize = 0', r"memory\[17\]\.size: Expected `int` >= 1"),
         ('kind = "first_time"\nhalf_life_s = 5', r"half_life_s = 5\.0: expected nothing: kind 'first_time'"),
         ('kind = "first_time"\nfield = "amount"', r"field = 'amount': expected nothing: kind 'first_time' reads"),
         ('kind = "tally"\nfield = "amount"', r"field = 'amount': expected a category field of pay"),
         ('kind = "sketch"\nfield = "channel"\ndimensions = 65', r"dimensions = 65: expected at most 64"),
         ('kind = "count"\nper = "large_channels"', r"per = 'large_channels': expected a count, sum or visits without"),
         ('kind = "last_time"\nper = "sessions"', r"per = 'sessions': expected nothing: kind 'last_time' is no share"),
-        ('kind = "count"\nsize = 4', r"size = 4: expected nothing: only `last` and `ring` have a size"),
+        ('kind = "count"\nsize = 4', r"size = 4: expected nothing: only `last`, `ring` and `top` have a size"),
+        ('kind = "top"\nfield = "amount"\nsize = 4', r"field = 'amount': expected a category field of pay"),
     ],
 )
 def test_a_memory_that_cannot_be_is_refused(memory: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         small_settings(f'\n[[memory]]\nname = "wrong"\nmodality = "pay"\n{memory}\n')
+
+
+def test_of_no_rows_as_many_features_are_read() -> None:
+    # Given a memory of every kind that is read by itself, and a micro-batch in which nothing asks
+    layout = _layout(small_settings().memory)
+    nothing = np.zeros((0, layout.width), np.float32)
+    readout = Readout(layout)
+    features = readout.features(nothing[:, : layout.hidden], nothing[:, layout.hidden :], np.zeros(0, np.int64))
+    assert features.shape == (0, readout.width)
 
 
 def test_a_layout_is_told_apart_by_what_it_keeps() -> None:

@@ -116,6 +116,14 @@ dimensions = 6
 half_life_s = 3600
 
 [[memory]]
+name = "most_channels"
+modality = "pay"
+kind = "top"
+field = "channel"
+size = 2
+half_life_s = 3600
+
+[[memory]]
 name = "refund_share"
 modality = "pay"
 kind = "count"

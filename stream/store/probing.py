@@ -27,7 +27,7 @@ from stream.store.layout import (
 )
 from stream.store.lives import with_lag
 
-__all__ = ["compact_overflow", "copy_keys", "expand", "find", "insert", "key_lengths", "remove"]
+__all__ = ["compact_overflow", "copy_keys", "expand", "find", "insert", "key_lengths", "remove", "sort_words"]
 
 _LENGTH = np.uint64(LENGTH_BITS)
 _M32 = np.uint64(0xFFFFFFFF)
@@ -356,3 +356,38 @@ def copy_keys(records: Any, overflow: Any, slots: Any, offsets: Any, buffer: Any
         for j in range(length):
             word = overflow[at + (j >> 3)] if length > INLINE_BYTES else records[slot, j >> 3]
             buffer[start + j] = np.uint8((word >> np.uint64(8 * (j & 7))) & np.uint64(0xFF))
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _big_endian(word: Any) -> Any:
+    swapped = _ZERO
+    for byte in range(8):
+        swapped = (swapped << np.uint64(8)) | ((word >> np.uint64(8 * byte)) & np.uint64(0xFF))
+    return swapped
+
+
+@njit(cache=True, nogil=True)
+def sort_words(records: Any, overflow: Any, slots: Any, out: Any) -> None:
+    """Numbers that rise with the keys at slots, into out (uint64[n]): the eight bytes after those that all begin with.
+
+    Bytes after the first sixteen do not count; keys that differ there alone may have equal numbers.
+    """
+    n = slots.shape[0]
+    second = np.empty(n, np.uint64)
+    differing = _ZERO
+    for i in range(n):
+        slot = slots[i]
+        word = records[slot, 1]
+        if np.int64(records[slot, 5] & _LENGTH) > INLINE_BYTES:
+            word = overflow[np.int64(word) + 1]
+        out[i] = _big_endian(records[slot, 0])
+        second[i] = _big_endian(word)
+        differing |= out[i] ^ out[0]
+    alike = np.uint64(0)
+    while alike < np.uint64(64) and (differing << alike) >> np.uint64(56) == _ZERO:
+        alike += np.uint64(8)
+    for i in range(n):
+        if alike == np.uint64(64):
+            out[i] = second[i]
+        elif alike > _ZERO:
+            out[i] = (out[i] << alike) | (second[i] >> (np.uint64(64) - alike))

@@ -176,6 +176,12 @@ class Table:
         probing.copy_keys(self.records, self._overflow, slots, offsets, buffer)
         return PackedKeys(buffer, offsets)
 
+    def by_key(self, slots: Int64) -> Int64:
+        """Slots in use in about the order of their keys: by eight bytes, see probing.sort_words."""
+        words = np.empty(slots.shape[0], np.uint64)
+        probing.sort_words(self.records, self._overflow, slots, words)
+        return slots[np.argsort(words)]
+
     @property
     def unsaved(self) -> int:
         """Slots whose row disk does not hold as it is."""

@@ -118,6 +118,38 @@ def test_given_a_row_spilled_while_the_checkpoint_is_taken_then_its_newer_state_
     assert value_of(dict(drain(store.checkpoint()))[b"a"]) == 2
 
 
+def test_given_rows_spilled_between_two_slices_then_the_checkpoint_still_gives_them_out(open_store: Opener) -> None:
+    store = open_store(memory_rows=40)
+    for i in range(40):
+        put(store, f"{i:02}".encode(), i, i)
+    checkpoint = store.checkpoint()
+    slices = checkpoint.slices(4)
+    records: Records = list(zip(*next(slices), strict=True))
+    for i in range(200):
+        put(store, f"other {i}".encode(), 1, 100 + i)
+    assert store.stats.spilled >= 40
+    records += [pair for keys, rows in slices for pair in zip(keys, rows, strict=True)]
+    checkpoint.commit()
+
+    given = {key: value_of(row) for key, row in records if not key.startswith(b"other")}
+    assert given == {f"{i:02}".encode(): i for i in range(40)}
+
+
+@pytest.mark.parametrize("prefix", ["", "client-", "client-of-the-bank-"])
+def test_given_keys_that_begin_alike_then_slices_come_in_their_order(open_store: Opener, prefix: str) -> None:
+    store = open_store(memory_rows=1000)
+    keys = [f"{prefix}{i:03}".encode() for i in range(500)]
+    shuffled = np.random.default_rng(1).permutation(500).tolist()
+    for i in shuffled:
+        put(store, keys[i], i, i)
+
+    given = [key for key, _ in drain(store.checkpoint(), 7)]
+
+    assert set(given) == set(keys)
+    # Of a long key the first sixteen bytes count.
+    assert (given == keys) is (len(prefix) < 14)
+
+
 def test_given_a_deletion_spilled_before_a_crash_then_a_replay_does_not_rebuild_the_row(open_store: Opener) -> None:
     store = open_store(memory_rows=1)
     put(store, b"a", 1, 5)

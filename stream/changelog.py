@@ -76,7 +76,8 @@ class ChangelogWriter:
                 settings,
                 transactional_id=f"{settings.kafka.group}-{self._topic}-{partition}",
                 transaction_timeout_ms=60_000,
-                linger_ms=0,
+                # Rows of many slices in one request; a commit does not wait for it.
+                linger_ms=50,
                 # Below a broker's max.message.bytes, by default 1,048,588, which bounds a whole batch.
                 batch_size=960_000,
             )

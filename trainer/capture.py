@@ -95,7 +95,7 @@ class Capture:
             if learner.observe(inputs, keys_there, int(columns.timestamp_ms[event])):
                 self._teaching.count(learner)
                 if self._recorder is not None:
-                    self._recorder.standardiser(task, learner.standardiser)
+                    self._recorder.standardiser(task, learner.standardiser, self._questions.by_task[task].names)
             self._joiner.advance(record.partition, int(watermark_before[event]))
             joined = self._joiner.capture(
                 record.partition,

@@ -10,6 +10,7 @@ handed in was made before its label was known.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,17 +18,26 @@ from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
     "Interval",
+    "Measure",
     "auc",
     "auc_difference_interval",
     "auc_interval",
+    "class_log_loss",
     "cumulative_auc",
     "expected_calibration_error",
+    "interval",
     "log_loss",
+    "mean_calibration_error",
+    "measure_of_auc",
+    "measure_of_class_auc",
+    "measure_of_r2",
     "rolling_auc",
 ]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+#: A figure of some examples under weights (n,) of them; None: all 1. NaN where it is not defined.
+Measure = Callable[[Floats | None], float]
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,57 @@ def auc(labels: ArrayLike, scores: ArrayLike) -> float:
     return _Ranking(*_checked(labels, scores)).auc()
 
 
+def measure_of_auc(labels: ArrayLike, scores: ArrayLike) -> Measure:
+    """`auc` of these examples, for any weights of them."""
+    return _Ranking(*_checked(labels, scores)).auc
+
+
+def measure_of_class_auc(classes: ArrayLike, chances: ArrayLike) -> Measure:
+    """AUC of each class against the rest, and of these the mean, each weighted by its class's share of the examples;
+    classes without an example, or without another's, are left out (F. Provost, P. Domingos, Tree induction for
+    probability-based ranking, Machine Learning 52, 2003).
+
+    Parameters
+    ----------
+    classes: (n,) numbers from 0. chances: (n, k) of each class.
+    """
+    true, said = np.asarray(classes, np.int64), np.asarray(chances, np.float64)
+    each = [_Ranking(*_checked(true == one, said[:, one])) for one in range(said.shape[1])]
+
+    def measure(weights: Floats | None = None) -> float:
+        share = np.bincount(true, weights, len(each))
+        values = np.array([ranking.auc(weights) for ranking in each])
+        known = np.isfinite(values) & (share > 0)
+        return float(np.average(values[known], weights=share[known])) if known.any() else float("nan")
+
+    return measure
+
+
+def measure_of_r2(labels: ArrayLike, predictions: ArrayLike) -> Measure:
+    """The share of the labels' variance that predictions explain: 1 less the mean squared error over the variance.
+
+    0 for who always says the labels' mean, below 0 for who does worse; NaN where all labels are the same.
+    """
+    truth, said = np.asarray(labels, np.float64), np.asarray(predictions, np.float64)
+    errors = np.square(truth - said)
+
+    def measure(weights: Floats | None = None) -> float:
+        weight = np.ones(len(truth)) if weights is None else weights
+        total = float(weight.sum())
+        if not total:
+            return float("nan")
+        spread = float(weight @ np.square(truth - weight @ truth / total))
+        return 1.0 - float(weight @ errors) / spread if spread > 0.0 else float("nan")
+
+    return measure
+
+
+def class_log_loss(classes: ArrayLike, chances: ArrayLike) -> float:
+    """`log_loss` of several classes: (n,) numbers from 0, and the chances (n, k) of each."""
+    true, said = np.asarray(classes, np.int64), np.asarray(chances, np.float64)
+    return float(-np.log(np.clip(said[np.arange(len(true)), true], 1e-12, 1.0)).mean()) if len(true) else float("nan")
+
+
 def log_loss(labels: ArrayLike, probabilities: ArrayLike) -> float:
     """Mean negative log likelihood in nats; NaN for no examples.
 
@@ -106,11 +167,19 @@ def expected_calibration_error(labels: ArrayLike, probabilities: ArrayLike, bins
     if not len(truth):
         return float("nan")
     _check_range(chance)
-    ranked = np.sort(chance)
+    return mean_calibration_error(truth, chance, bins)
+
+
+def mean_calibration_error(labels: ArrayLike, predictions: ArrayLike, bins: int = 10) -> float:
+    """The same of any numbers: mean distance between the means of prediction and label, over groups of equally many."""
+    truth, said = np.asarray(labels, np.float64), np.asarray(predictions, np.float64)
+    if not len(truth):
+        return float("nan")
+    ranked = np.sort(said)
     edges = np.unique(ranked[np.linspace(0, len(ranked) - 1, bins + 1).astype(np.int64)[1:-1]])
-    group = np.searchsorted(edges, chance, side="left")
-    predicted = np.bincount(group, chance, minlength=len(edges) + 1)
-    observed = np.bincount(group, truth.astype(np.float64), minlength=len(edges) + 1)
+    group = np.searchsorted(edges, said, side="left")
+    predicted = np.bincount(group, said, minlength=len(edges) + 1)
+    observed = np.bincount(group, truth, minlength=len(edges) + 1)
     return float(np.abs(predicted - observed).sum() / len(truth))
 
 
@@ -140,9 +209,7 @@ def auc_interval(
 ) -> Interval:
     """AUC with a percentile bootstrap interval over clients: a client is drawn with all its examples."""
     truth, score = _checked(labels, scores)
-    ranking = _Ranking(truth, score)
-    drawn = [ranking.auc(weights) for weights in _draws(clients, len(truth), generator, rounds)]
-    return _interval(ranking.auc(), drawn, level)
+    return interval(clients, len(truth), _Ranking(truth, score).auc, None, generator, rounds, level)
 
 
 def auc_difference_interval(
@@ -157,28 +224,39 @@ def auc_difference_interval(
     """AUC of `scores` minus AUC of `reference` on the same examples, with a paired interval over clients."""
     ours = _Ranking(*_checked(labels, scores))
     theirs = _Ranking(*_checked(labels, reference))
-    n = len(np.asarray(labels))
-    drawn = [ours.auc(weights) - theirs.auc(weights) for weights in _draws(clients, n, generator, rounds)]
-    return _interval(ours.auc() - theirs.auc(), drawn, level)
+    return interval(clients, len(np.asarray(labels)), ours.auc, theirs.auc, generator, rounds, level)
 
 
-def _draws(clients: ArrayLike, n: int, generator: np.random.Generator, rounds: int) -> list[Floats]:
+def interval(
+    clients: ArrayLike,
+    n: int,
+    measure: Measure,
+    reference: Measure | None,
+    generator: np.random.Generator,
+    rounds: int = 1000,
+    level: float = 0.95,
+) -> Interval:
+    """A measure of n examples, or how much it is above a reference, with a percentile bootstrap interval over clients:
+    a client is drawn with all its examples, the same ones for both."""
+
+    def value(weights: Floats | None) -> float:
+        return measure(weights) - (reference(weights) if reference is not None else 0.0)
+
+    # A draw without one of the classes has no AUC.
+    drawn = [one for one in map(value, _draws(clients, n, generator, rounds)) if not np.isnan(one)]
+    if not drawn:
+        return Interval(value(None), float("nan"), float("nan"))
+    low, high = np.quantile(drawn, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    return Interval(value(None), float(low), float(high))
+
+
+def _draws(clients: ArrayLike, n: int, generator: np.random.Generator, rounds: int) -> Iterator[Floats]:
     names, client = np.unique(np.asarray(clients), return_inverse=True)
     if len(client) != n:
         raise ValueError(f"clients has length {len(client)}, expected {n}")
-    if not n:
-        return []
-    draws = (generator.integers(0, len(names), len(names)) for _ in range(rounds))
-    return [np.bincount(drawn, minlength=len(names)).astype(np.float64)[client] for drawn in draws]
-
-
-def _interval(value: float, drawn: list[float], level: float) -> Interval:
-    # A draw without one of the classes has no AUC.
-    known = [one for one in drawn if not np.isnan(one)]
-    if not known:
-        return Interval(value, float("nan"), float("nan"))
-    low, high = np.quantile(known, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
-    return Interval(value, float(low), float(high))
+    for _ in range(rounds if n else 0):
+        drawn = generator.integers(0, len(names), len(names))
+        yield np.bincount(drawn, minlength=len(names)).astype(np.float64)[client]
 
 
 def _checked(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.bool_], Floats]:

@@ -1,15 +1,16 @@
 """A file of everything that was learned from: answered examples in the order they were answered.
 
 The file is a sequence of MessagePack maps, each after its length as 4 bytes, little-endian: `standardiser`
-entries, written when a task's is fixed, and `example` entries. It is for evaluation after the fact, such as
-"what would the model of mid-year have said"; nothing reads it to learn. What was learned is in the file at
-once, for readers beside a running trainer; what a crash took back is cut off when the trainer resumes.
+entries, written when a task's is fixed, with the names of its inputs, and `example` entries. It is for evaluation
+after the fact, such as "what would the model of mid-year have said"; nothing reads it to learn. What was learned is in
+the file at once, for readers beside a running trainer; what a crash took back is cut off when the trainer resumes.
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,11 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream.errors import DataError
-from stream.model.heads import standardise
 from trainer.joiner import Joined
-from trainer.learner import BayesianLogistic, Standardiser
+from trainer.learner import Standardiser
 
-__all__ = ["AnsweredExamples", "Recorder", "frozen_predictions", "read_record"]
+__all__ = ["AnsweredExamples", "Recorder", "read_record"]
 
 _LENGTH = struct.Struct("<I")
 
@@ -75,14 +75,15 @@ class Recorder:
             }
         )
 
-    def standardiser(self, task: str, standardiser: Standardiser) -> None:
-        """Append a task's center and scale."""
+    def standardiser(self, task: str, standardiser: Standardiser, names: Sequence[str]) -> None:
+        """Append a task's center and scale, and the names (F,) of its inputs."""
         assert standardiser.center is not None
         assert standardiser.scale is not None
         self._append(
             {
                 "kind": "standardiser",
                 "task": task,
+                "names": list(names),
                 "center": standardiser.center.tobytes(),
                 "scale": standardiser.scale.tobytes(),
             }
@@ -111,7 +112,8 @@ class AnsweredExamples:
     `inputs` (n, F); `known_ms` (n,) when the label became known, `final_ms` (n,) when it could be learned, its
     window closed too; `label` (n,) of booleans, names of classes or numbers;
     `prediction` (n,) as served, the first of several, NaN where there was no head; `others` (n, others), NaN where
-    fewer were said, see `Example`; `center`, `scale` (F,), empty if they were never fixed.
+    fewer were said, see `Example`; `center`, `scale` (F,), empty if they were never fixed; `names` (F,) of the inputs,
+    empty as well then, and where the record was written by an earlier trainer.
     """
 
     client_id: list[bytes] = field(default_factory=list)
@@ -125,9 +127,36 @@ class AnsweredExamples:
     others: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     center: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     scale: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.client_id)
+
+    @property
+    def span_ms(self) -> int:
+        """Time between the first prediction and the last."""
+        return int(self.as_of_ms.max() - self.as_of_ms.min())
+
+    def clients(self) -> NDArray[np.int64]:
+        """(n,) a number for each client."""
+        return np.unique(np.array(self.client_id, object), return_inverse=True)[1].astype(np.int64)
+
+    def said(self, outputs: int) -> NDArray[np.float64]:
+        """(n, outputs) the predictions as served, NaN where there was no head."""
+        out = np.full((len(self), outputs), np.nan)
+        out[:, 0] = self.prediction
+        found = self.others[:, : outputs - 1]
+        out[:, 1 : 1 + found.shape[1]] = found
+        return out
+
+    def taken(self, at: NDArray[np.int64]) -> AnsweredExamples:
+        """Those at the indices `at`."""
+        columns = ("as_of_ms", "label", "weight", "known_ms", "final_ms", "inputs", "prediction", "others")
+        return replace(
+            self,
+            client_id=[self.client_id[i] for i in at.tolist()],
+            **{name: getattr(self, name)[at] for name in columns},
+        )
 
 
 def read_record(path: str | Path) -> dict[str, AnsweredExamples]:
@@ -173,6 +202,7 @@ def _columns(found: list[dict[str, Any]], standardiser: dict[str, Any] | None) -
     if standardiser is not None:
         columns.center = np.frombuffer(standardiser["center"], np.float64)
         columns.scale = np.frombuffer(standardiser["scale"], np.float64)
+        columns.names = tuple(standardiser.get("names", ()))
     return columns
 
 
@@ -181,26 +211,3 @@ def _padded(rows: list[NDArray[np.float32]]) -> NDArray[np.float32]:
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return out
-
-
-def frozen_predictions(examples: AnsweredExamples, until_ms: int, head: BayesianLogistic) -> NDArray[np.float64]:
-    """(n,) what the head that stopped learning at `until_ms` says of every example, before and after.
-
-    It learned, in the recorded order, from the labels final at or before `until_ms`, as the live one did. Of a task
-    with `tables` it is the head without them: a record does not say which rows an example used.
-
-    Parameters
-    ----------
-    head: the task's prior; it learns here.
-
-    Raises
-    ------
-    DataError: the standardiser was never fixed, so there was no head.
-    """
-    if not len(examples.center):
-        raise DataError("the record has no standardiser: fewer examples than tasks.<name>.standardise_after were seen")
-    x = standardise(examples.inputs, examples.center, examples.scale)
-    for i in np.flatnonzero(examples.final_ms <= until_ms).tolist():
-        if np.isfinite(x[i]).all():
-            head.learn(x[i], bool(examples.label[i]), float(examples.weight[i]))
-    return head.predict(x)

@@ -66,13 +66,14 @@ def serve(settings: Settings, journey: Journey, said: np.ndarray) -> int:
 
 def answered(settings: Settings, journey: Journey, path: Path) -> None:
     """A record of all labels known within the year, whose first input that is no state gives the label away."""
-    is_state = Questions(Layout.compile(settings, Schema.compile(settings))).by_task[TASK].is_state
+    question = Questions(Layout.compile(settings, Schema.compile(settings))).by_task[TASK]
+    names, is_state = question.names, question.is_state
     width, telling = len(is_state), int(np.flatnonzero(~is_state)[0])
     recorder = Recorder(path)
     standardiser = Standardiser(width, 2)
     for value in (-1.0, 1.0):
         standardiser.observe(np.full(width, value, np.float32))
-    recorder.standardiser(TASK, standardiser)
+    recorder.standardiser(TASK, standardiser, names)
     for record in journey.feedback():
         inputs = np.zeros(width, np.float32)
         inputs[telling] = 1.0 if record.label else -1.0

@@ -11,9 +11,15 @@ from trainer.evaluation import (
     auc,
     auc_difference_interval,
     auc_interval,
+    class_log_loss,
     cumulative_auc,
     expected_calibration_error,
+    interval,
     log_loss,
+    mean_calibration_error,
+    measure_of_auc,
+    measure_of_class_auc,
+    measure_of_r2,
     rolling_auc,
 )
 
@@ -153,3 +159,47 @@ def test_a_difference_to_itself_is_nothing_and_to_noise_is_all() -> None:
     assert gain.low > 0.1
     with pytest.raises(ValueError, match="clients has length 3"):
         auc_interval([1, 2, 3], labels, scores, generator)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_weights_count_examples_so_often(seed: int) -> None:
+    # Given examples, and how often each one counts
+    random = np.random.default_rng(seed)
+    times = random.integers(0, 4, 40)
+    classes, values = random.integers(0, 3, 40), random.normal(size=40)
+    chances, said = random.dirichlet(np.ones(3), 40), values + random.normal(size=40)
+    often = np.repeat(np.arange(40), times)
+    # Then each measure is that of the examples written out
+    for measure, written in (
+        (measure_of_class_auc(classes, chances), measure_of_class_auc(classes[often], chances[often])),
+        (measure_of_auc(classes == 1, chances[:, 1]), measure_of_auc(classes[often] == 1, chances[often, 1])),
+        (measure_of_r2(values, said), measure_of_r2(values[often], said[often])),
+    ):
+        assert measure(times.astype(np.float64)) == pytest.approx(written(None), nan_ok=True)
+
+
+def test_classes_are_weighted_by_their_share() -> None:
+    # Given one class that is told from the rest, one that is not, and one that never comes
+    classes = np.array([0, 0, 0, 1])
+    chances = np.array([[0.9, 0.1, 0], [0.8, 0.2, 0], [0.1, 0.9, 0], [0.3, 0.7, 0]])
+    # Then the mean is theirs by share, and the third is left out
+    first, second = auc(classes == 0, chances[:, 0]), auc(classes == 1, chances[:, 1])
+    assert measure_of_class_auc(classes, chances)(None) == pytest.approx(0.75 * first + 0.25 * second)
+    assert class_log_loss(classes, chances) == pytest.approx(-float(np.log([0.9, 0.8, 0.1, 0.7]).mean()))
+    assert math.isnan(measure_of_class_auc(np.zeros(4), chances)(None))
+    assert math.isnan(class_log_loss([], np.zeros((0, 2))))
+
+
+def test_r2_is_zero_for_the_mean_and_nothing_for_equal_labels() -> None:
+    assert measure_of_r2([1.0, 2.0, 3.0], [2.0, 2.0, 2.0])(None) == 0.0
+    assert measure_of_r2([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])(None) == 1.0
+    assert math.isnan(measure_of_r2([2.0, 2.0], [1.0, 3.0])(None))
+    assert math.isnan(measure_of_r2([], [])(None))
+    found = interval([1, 1, 2], 3, measure_of_r2([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]), None, np.random.default_rng(0), 20)
+    assert (found.low, found.high) == (1.0, 1.0)
+
+
+def test_numbers_are_calibrated_where_means_agree() -> None:
+    assert mean_calibration_error([1.0, 3.0, 11.0, 13.0], [2.0, 2.0, 12.0, 12.0], 2) == 0.0
+    assert mean_calibration_error([2.0, 2.0, 14.0, 14.0], [2.0, 2.0, 12.0, 12.0], 2) == 1.0
+    assert math.isnan(mean_calibration_error([], []))

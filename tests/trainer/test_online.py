@@ -17,10 +17,11 @@ from stream.metrics import TrainerMetrics
 from stream.model.parameters import ParameterSet
 from stream.settings import Settings
 from trainer.evaluation import auc
-from trainer.learner import BayesianLogistic, TaskLearner
+from trainer.learner import TaskLearner
 from trainer.online import OnlineTrainer
 from trainer.pretrain import random_trunk
-from trainer.record import frozen_predictions, read_record
+from trainer.record import read_record
+from trainer.report.again import Again
 from trainer.timeline import EVENTS, FEEDBACK, Record
 
 from . import shop
@@ -258,13 +259,11 @@ def test_learned_heads_predict_and_are_served_as_published(tmp_path: Path) -> No
     assert quality > 0.7
     # And the record allows to say what the model of any moment would have said
     found = read_record(tmp_path / "record")["redeemed"]
-    task, is_state = trainer.settings.tasks["redeemed"], trainer.questions.by_task["redeemed"].is_state
-    everything = frozen_predictions(found, int(found.final_ms.max()), BayesianLogistic.of_task(task, is_state))
-    nothing = frozen_predictions(found, 0, BayesianLogistic.of_task(task, is_state))
-    assert np.all(nothing == 0.5)
-    scaled = np.clip((found.inputs - found.center) / found.scale, -6, 6)
-    logits = np.append(scaled, np.ones((len(found), 1)), axis=1) @ shop.posterior(trainer.learners["redeemed"]).mean
-    np.testing.assert_allclose(everything, 1 / (1 + np.exp(-logits)), atol=1e-12)
+    again = Again.of(trainer.settings, trainer.questions.by_task["redeemed"], found)
+    everything = again.frozen_at(int(found.final_ms.max()) + 1)
+    assert np.isnan(again.frozen_at(0)).all()
+    head = trainer.questions.heads(ParameterSet(trainer.tensors()))["redeemed"]
+    np.testing.assert_array_equal(everything, head.predict(found.inputs))
     trainer.close()
 
 

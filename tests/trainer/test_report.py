@@ -18,9 +18,10 @@ from stream.settings import Settings
 from stream.wire import Schema
 from trainer.evaluation import auc, log_loss
 from trainer.examples import Example, Joined
-from trainer.learner import BayesianLogistic, Standardiser
+from trainer.learner import BayesianLogistic, Standardiser, prior_variance
 from trainer.record import AnsweredExamples, Recorder, read_record
-from trainer.report.rows import learned_on_the_way, refitted
+from trainer.report.again import Again
+from trainer.report.rows import fitted_anew
 
 from .shop import DAY_MS, START_MS, TOML, settings
 
@@ -42,7 +43,7 @@ def write_record(path: Path, n: int = N) -> AnsweredExamples:
     standardiser = Standardiser(len(names), 20)
     for i in range(n):
         if standardiser.observe(inputs[i]):
-            recorder.standardiser("redeemed", standardiser)
+            recorder.standardiser("redeemed", standardiser, names)
         as_of = START_MS + i * 3_600_000
         # The live head has learned something after a while, and a little less than all there is to know.
         said = float(np.clip(chance[i] + rng.normal(0, 0.05), 0.01, 0.99)) if i > 100 else float("nan")
@@ -75,7 +76,7 @@ def test_a_record_becomes_figures_and_pictures(tmp_path: Path, capsys: pytest.Ca
     assert live["log_loss"] == pytest.approx(log_loss(examples.label[later], examples.prediction[later]))
     assert live["auc_low"] < live["auc"] < live["auc_high"]
     # And heads that learn from the record find what decides, and cannot do without it
-    for name in ("frozen at the split", "fitted anew"):
+    for name in ("frozen at the split", "logistic fitted anew"):
         assert found["rows"][name]["auc"] > 0.8
     groups = {group["name"]: group for group in found["groups"]}
     assert set(groups) == {"hidden", "spent", "spent_30d", "departments", "last_purchase", "kind"}
@@ -99,44 +100,72 @@ def test_a_record_becomes_figures_and_pictures(tmp_path: Path, capsys: pytest.Ca
         assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 20
 
 
+def again(examples: AnsweredExamples) -> Again:
+    of = settings()
+    (question,) = Questions(Layout.compile(of, Schema.compile(of))).tasks
+    return Again.of(of, question, examples)
+
+
 def test_a_head_on_the_way_knows_what_was_final_and_no_more(tmp_path: Path) -> None:
     # Given a record
     examples = write_record(tmp_path / "record", 400)
     x = standardise(examples.inputs, examples.center, examples.scale)
-    # When a head learns along it
-    said = learned_on_the_way(examples, BayesianLogistic(x.shape[1], 1.0))
-    # Then each prediction is that of a head which learned the labels final by then, one after another
-    for i in (0, 239, 240, 241, 399):
-        head = BayesianLogistic(x.shape[1], 1.0)
-        for j in np.flatnonzero(examples.final_ms <= examples.as_of_ms[i]).tolist():
+    one = again(examples)
+    # When its head learns again along it, and is published all the time
+    (said,), _ = one.published_every([1], 0)
+    # Then each prediction is that of a head which learned the labels final before, one after another
+    assert np.isnan(said[0, 0])
+    for i in (241, 242, 399):
+        head = BayesianLogistic.of_task(one.settings, one.is_state)
+        for j in np.flatnonzero(examples.final_ms < examples.as_of_ms[i]).tolist():
             head.learn(x[j], bool(examples.label[j]))
-        assert said[i] == head.predict(x[i : i + 1])[0]
+        assert said[i, 0] == pytest.approx(head.predict(x[i : i + 1])[0], abs=1e-7)
     # And labels final later change nothing before
     moment = examples.as_of_ms[300]
-    examples.label[examples.final_ms > moment] ^= True
-    again = learned_on_the_way(examples, BayesianLogistic(x.shape[1], 1.0))
-    np.testing.assert_array_equal(again[:301], said[:301])
-    assert (again[350:] != said[350:]).any()
+    examples.label[examples.final_ms >= moment] ^= True
+    (changed,), _ = one.published_every([1], 0)
+    np.testing.assert_array_equal(changed[:301], said[:301])
+    assert (changed[350:] != said[350:]).any()
 
 
 def test_a_head_fitted_anew_is_at_the_mode(tmp_path: Path) -> None:
     # Given a record and a prior
     examples = write_record(tmp_path / "record", 400)
     x = standardise(examples.inputs, examples.center, examples.scale)
-    moments = examples.as_of_ms[[250, 350]]
+    moments = examples.as_of_ms[[251, 350]]
+    one = again(examples)
+    precision = 1.0 / prior_variance(one.settings, one.is_state)
     # When a head is fitted at two moments
-    said = refitted(examples, BayesianLogistic(x.shape[1], 0.5), moments)
+    said = fitted_anew(one, moments)[:, 0]
     # Then it says nothing before, and then what the weights of largest posterior say
-    assert np.isnan(said[:250]).all()
-    for moment, asked in zip(moments, (slice(250, 350), slice(350, 400)), strict=True):
-        known = examples.final_ms <= moment
+    assert np.isnan(said[:251]).all()
+    for moment, asked in zip(moments, (slice(251, 350), slice(350, 400)), strict=True):
+        known = examples.final_ms < moment
 
         def loss(m: np.ndarray, known: np.ndarray = known) -> float:
             z = x[known] @ m
-            return float((np.logaddexp(0.0, z) - examples.label[known] * z).sum() + m @ m)
+            return float((np.logaddexp(0.0, z) - examples.label[known] * z).sum() + 0.5 * precision @ np.square(m))
 
         best = minimize(loss, np.zeros(x.shape[1]), method="BFGS", options={"gtol": 1e-6}).x
         np.testing.assert_allclose(said[asked], sigmoid(x[asked] @ best), atol=1e-4)
+
+
+def test_a_corrected_answer_counts_once_and_as_it_is_now(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Given a record in which an answer after the split was taken for negative, and corrected a day later
+    examples = write_record(tmp_path / "record")
+    at = int(np.flatnonzero(examples.label & (np.arange(N) > N // 2))[0])
+    entries = (tmp_path / "record").read_bytes()
+    recorder = Recorder(tmp_path / "record", len(entries))
+    example = Example("redeemed", examples.client_id[at], int(examples.as_of_ms[at]), examples.inputs[at], 0.25, 1)
+    recorder.example(Joined(example, False, 1.0, 0, 0, int(examples.final_ms[-1])))
+    recorder.close()
+    # When it is reported on
+    assert report(tmp_path, "--json", "--group-examples", "200") == 0
+    found = json.loads(capsys.readouterr().out)["tasks"]["redeemed"]
+    # Then the prediction is judged once, by the last answer
+    later = examples.as_of_ms >= found["split_ms"]
+    assert found["evaluated"] == int(later.sum())
+    assert found["evaluated_outcomes"]["true"] == int(examples.label[later].sum()) - 1
 
 
 @pytest.mark.parametrize(

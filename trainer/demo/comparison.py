@@ -14,7 +14,7 @@ import numpy as np
 from confluent_kafka import Consumer, KafkaError, TopicPartition
 from numpy.typing import NDArray
 
-from stream.errors import BrokerError
+from stream.errors import BrokerError, DataError
 from stream.kafka import client_config
 from stream.model.heads import Questions
 from stream.model.layout import Layout
@@ -24,8 +24,8 @@ from trainer.demo.baselines import aggregates, refitted_logistic, retrained_ligh
 from trainer.demo.journey import TASK, Journey
 from trainer.demo.report import Series, draw_auc_over_time
 from trainer.evaluation import Interval, auc, auc_difference_interval
-from trainer.learner import BayesianLogistic
-from trainer.record import frozen_predictions, read_record
+from trainer.record import read_record
+from trainer.report.again import Again
 
 __all__ = ["MIDYEAR_MS", "Comparison", "compare", "served_predictions"]
 
@@ -140,8 +140,9 @@ def _frozen(settings: Settings, journey: Journey, record: Path) -> Floats:
     """float64[sends]: what the head of mid-year says of every answered send from then on; NaN for the others."""
     examples = read_record(record)[TASK]
     question = Questions(Layout.compile(settings, Schema.compile(settings))).by_task[TASK]
-    head = BayesianLogistic.of_task(settings.tasks[TASK], question.is_state)
-    predictions = frozen_predictions(examples, MIDYEAR_MS, head).tolist()
+    if not len(examples.center):
+        raise DataError(f"record {str(record)!r} has too few examples for a head")
+    predictions = Again.of(settings, question, examples).frozen_at(MIDYEAR_MS)[:, 0].tolist()
     moments = zip(examples.client_id, examples.as_of_ms.tolist(), strict=True)
     later = {who: said for who, said in zip(moments, predictions, strict=True) if who[1] >= MIDYEAR_MS}
     return _of_sends(journey, later)

@@ -1,7 +1,13 @@
 """Learning: what each task's labels make of the heads that serve it."""
 
 from trainer.learner.examples import Batch, Examples
-from trainer.learner.logistic import BayesianLinear, BayesianLogistic, LinearLearner, LogisticLearner
+from trainer.learner.logistic import (
+    BayesianLinear,
+    BayesianLogistic,
+    LinearLearner,
+    LogisticLearner,
+    prior_variance,
+)
 from trainer.learner.mlp import MlpLearner
 from trainer.learner.part import Labelled, PartLearner
 from trainer.learner.prequential import Prequential
@@ -25,4 +31,5 @@ __all__ = [
     "TaskLearner",
     "TreesLearner",
     "fit_trees",
+    "prior_variance",
 ]

@@ -33,7 +33,7 @@ from trainer.checkpoint import pack_array, unpack_array
 from trainer.learner.part import Floats, Labelled, Load
 from trainer.tables import CategoryTable, read_effects, write_effects
 
-__all__ = ["BayesianLinear", "BayesianLogistic", "LinearLearner", "LogisticLearner"]
+__all__ = ["BayesianLinear", "BayesianLogistic", "LinearLearner", "LogisticLearner", "prior_variance"]
 
 _NEWTON_STEPS = 200
 

@@ -16,15 +16,19 @@ from stream.settings import Settings
 
 __all__ = ["register", "write_report"]
 
+#: Of the groups that contribute most; all are in the files.
+_GROUPS_SHOWN = 5
+
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `report`."""
     parser = subparsers.add_parser(
         "report",
         help="how good the predictions were, from a trainer's record: figures and pictures",
-        description="Compares the predictions as they were served with a head that stopped learning at the split and "
-        "with one fitted anew again and again: AUC, log loss and calibration over time, reliability, and what each "
-        "group of the row's memory contributes. Writes report.json and three pictures for each task.",
+        description="Compares the predictions as they were served with those of the same head, had it stopped "
+        "learning at the split, and with a model fitted anew again and again: AUC and log loss (of numbers: R² and "
+        "squared error) and calibration over time, reliability, and what each group of the row's memory contributes. "
+        "Writes report.json and three pictures for each task.",
         epilog="example: livestate report answered.bin --settings bank.toml --out report",
     )
     parser.add_argument("record", metavar="RECORD", help="file of `livestate trainer --record`")
@@ -59,21 +63,42 @@ def _report(options: argparse.Namespace) -> int:
         print_json(figures)
         return 0
     for task, report in figures["tasks"].items():
-        print(
-            f"{task}: {report['evaluated']:,} predictions after the split, {report['evaluated_positives']:,} came true"
-        )
-        for name, row in report["rows"].items():
-            print(
-                f"  {name:<20} AUC {row['auc']:.4f} ({row['auc_low']:.4f} to {row['auc_high']:.4f})  "
-                f"log loss {row['log_loss']:.4f}  calibration error {row['calibration_error']:.4f}"
-            )
-        for group in report["groups"][:5]:
-            print(
-                f"  without {group['name']:<18} {100 * group['loss']:+.2f} AUC points lost "
-                f"({100 * group['low']:+.2f} to {100 * group['high']:+.2f})"
-            )
+        _print_task(task, report)
+    for task, reason in figures["not_reported"].items():
+        print(f"{task}: not reported: {reason}")
     print(f"written to {options.out}: report.json, {', '.join(figures['pictures'])}")
     return 0
+
+
+def _print_task(task: str, report: dict[str, Any]) -> None:
+    chief, name = ("r2", "R²") if report["kind"] == "regression" else ("auc", "AUC")
+    outcomes = ", ".join(f"{count:,} {outcome}" for outcome, count in report["evaluated_outcomes"].items())
+    head = " + ".join(report["head"])
+    print(f"{task} ({report['kind']}, {head}): {report['evaluated']:,} predictions after the split: {outcomes}")
+    width = max(map(len, report["rows"]))
+    for row_name, row in report["rows"].items():
+        others = "squared error {squared_error:.4g}" if chief == "r2" else "log loss {log_loss:.4f}"
+        low, high = row[f"{chief}_low"], row[f"{chief}_high"]
+        print(
+            f"  {row_name:<{width}}  {name} {row[chief]:.4f} ({low:.4f} to {high:.4f})  "
+            f"{others.format(**row)}  calibration error {row['calibration_error']:.4g}"
+        )
+        for one, of_class in row.get("by_class", {}).items():
+            figures = f"AUC {of_class['auc']:.4f}  calibration error {of_class['calibration_error']:.4g}"
+            print(f"    {one:<{width - 2}}  {figures}")
+    live = report["rows"]["live"]
+    print(f"  live above frozen: {_points(live['gain'], live['gain_low'], live['gain_high'], name)}")
+    if report["left_out"]:
+        print(f"  the rows below live do without {report['left_out']}")
+    print(f"  what groups of inputs contribute, on {report['group_examples']:,} examples, by {report['group_head']}:")
+    groups = report["groups"][:_GROUPS_SHOWN]
+    width = max((len(group["name"]) for group in groups), default=0)
+    for group in groups:
+        print(f"    without {group['name']:<{width}}  {_points(-group['loss'], -group['high'], -group['low'], name)}")
+
+
+def _points(value: float, low: float, high: float, name: str) -> str:
+    return f"{100 * value:+.2f} {name} points ({100 * low:+.2f} to {100 * high:+.2f})"
 
 
 def write_report(
@@ -91,37 +116,47 @@ def write_report(
 
     Raises
     ------
-    DataError: the record cannot be read, is of other settings, or has too little to compare.
-    LivestateError: matplotlib is not installed.
+    DataError: the record cannot be read, or each of its tasks is of other settings, or has too little to compare. Where
+        only some are, `not_reported` says why.
+    LivestateError: matplotlib is not installed, or LightGBM where a task needs it.
     """
     if find_spec("matplotlib") is None:
         raise LivestateError("pictures need matplotlib: pip install 'livestate[demo]'")
+    heads = {part for name, one in settings.tasks.items() if task in (None, name) for part in one.parts}
+    if "mlp" in heads and find_spec("lightgbm") is None:
+        raise LivestateError("a head 'mlp' is compared with LightGBM: pip install 'livestate[demo]'")
     # Imported here: torch, numba and matplotlib take seconds that wrong arguments need not wait for.
     from trainer.record import read_record
     from trainer.report.drawing import draw
     from trainer.report.figures import report_on
 
     examples = read_record(record)
-    binary = [name for name, one in settings.tasks.items() if one.kind == "binary"]
-    tasks = [name for name in binary if name in examples and task in (None, name)]
+    tasks = [name for name in settings.tasks if name in examples and task in (None, name)]
     if not tasks:
         found = ", ".join(examples) or "nothing"
         raise DataError(
-            f"record {str(record)!r} has no example of {task or 'any task of these settings'} that is binary, only "
-            f"{found}"
+            f"record {str(record)!r} has no example of {task or 'any task of these settings'}, only {found}"
         )
-    figures: dict[str, Any] = {"record": str(record), "tasks": {}, "pictures": []}
+    figures: dict[str, Any] = {"record": str(record), "tasks": {}, "not_reported": {}, "pictures": []}
+    failed: dict[str, DataError] = {}
     for name in tasks:
-        report = report_on(
-            settings, name, examples[name], split_ms=split_ms, most_for_groups=most_for_groups,
-            generator=np.random.default_rng(seed), progress=line.show,
-        )  # fmt: skip
+        try:
+            report = report_on(
+                settings, name, examples[name], split_ms=split_ms, most_for_groups=most_for_groups,
+                generator=np.random.default_rng(seed), progress=line.show,
+            )  # fmt: skip
+        except DataError as error:
+            failed[name] = error
+            continue
         try:
             pictures = draw(report, directory)
         except OSError as error:
             raise DataError(f"{str(directory)!r} cannot be written: {error.strerror}") from error
         figures["tasks"][name] = report.as_json() | {"pictures": {what: str(path) for what, path in pictures.items()}}
         figures["pictures"] += [path.name for path in pictures.values()]
+    if len(failed) == len(tasks):
+        raise DataError("; ".join(map(str, failed.values())))
+    figures["not_reported"] = {name: str(error) for name, error in failed.items()}
     with (directory / "report.json").open("w") as file:
         file.write(as_json(figures) + "\n")
     return figures

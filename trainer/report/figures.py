@@ -1,16 +1,16 @@
 """The figures of a report: each way of learning beside the others, over time, and what groups of inputs contribute.
 
-Guarantees: ways are compared on the same examples, all after the split; intervals are bootstrapped over clients; what
-cannot be measured, for want of both outcomes, is not a number (`null` in JSON), never 0.
-Not guaranteed: that a group which contributes nothing here is useless: another may stand in for it.
+Guarantees: ways are compared on the same examples, all after the split, of a prediction whose answer was corrected with
+the last one; intervals are bootstrapped over clients; what cannot be measured, for want of two outcomes, is not a
+number (`null` in JSON), never 0.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -19,91 +19,99 @@ from numpy.typing import NDArray
 from stream.errors import DataError
 from stream.model.heads import Questions
 from stream.model.layout import Layout
-from stream.settings import Settings
+from stream.settings import Settings, Task
 from stream.wire import Schema
-from trainer.evaluation import auc, auc_difference_interval, auc_interval, expected_calibration_error, log_loss
-from trainer.learner import BayesianLogistic
-from trainer.record import AnsweredExamples, frozen_predictions
-from trainer.report.rows import learned_on_the_way, refitted
+from trainer.evaluation import interval
+from trainer.record import AnsweredExamples
+from trainer.report.again import Again
+from trainer.report.groups import Contributions, contributions, group_names
+from trainer.report.measures import LEAST, ROUNDS, Bin, Judge
+from trainer.report.rows import fitted_anew, name_of_fit
 
-__all__ = ["MEASURES", "Bin", "Group", "Quality", "TaskReport", "report_on"]
+__all__ = ["FROZEN", "LIVE", "Quality", "TaskReport", "report_on"]
 
 Floats = NDArray[np.float64]
 
-#: Measure of a curve over time -> its name for people.
-MEASURES = {"auc": "AUC", "log_loss": "log loss (nats)", "calibration_error": "calibration error"}
-LIVE, FROZEN, REFITTED = "live", "frozen at the split", "fitted anew"
-#: Of fewer predictions of either outcome a curve would show noise.
-LEAST_OF_EACH_CLASS = 10
+LIVE, FROZEN = "live", "frozen at the split"
 _POINTS = 80
+#: A window that has just begun at the split shows noise.
+_LEAST_OF_WINDOW = 0.25
 _REFITS = 12
-_ROUNDS = 300
-_BINS = 10
 
 
 @dataclass(frozen=True)
 class Quality:
-    """One way of learning on the evaluated examples; `gain` is its AUC above that of the frozen head."""
+    """One way of learning on the evaluated examples.
 
-    auc: float
-    auc_low: float
-    auc_high: float
-    log_loss: float
-    calibration_error: float
+    `measures`: all of the kind of task. `low`, `high`: of the one that counts, which is `chief`; `gain` is how much
+    that is above the frozen head's, with its interval. `by_class`: of a multiclass task.
+    """
+
+    chief: str
+    measures: dict[str, float]
+    low: float
+    high: float
     gain: float
     gain_low: float
     gain_high: float
+    by_class: dict[str, dict[str, float]] = field(default_factory=dict)
 
-
-@dataclass(frozen=True)
-class Bin:
-    """Examples of similar predictions: the mean, the share that came true with its 95 % interval (Wilson), how many."""
-
-    predicted: float
-    observed: float
-    low: float
-    high: float
-    n: int
-
-
-@dataclass(frozen=True)
-class Group:
-    """What the head loses in AUC, with its interval, where it does not see a group of inputs."""
-
-    name: str
-    inputs: int
-    loss: float
-    low: float
-    high: float
+    def as_json(self) -> dict[str, Any]:
+        """A map of plain values."""
+        found: dict[str, Any] = {
+            **self.measures, f"{self.chief}_low": self.low, f"{self.chief}_high": self.high,
+            "gain": self.gain, "gain_low": self.gain_low, "gain_high": self.gain_high,
+        }  # fmt: skip
+        return found | {"by_class": self.by_class} if self.by_class else found
 
 
 @dataclass(frozen=True)
 class TaskReport:
     """All figures of one task.
 
-    `times_ms` (t,) ends of windows of `window_ms`; one that would begin before the split and ends after it begins at
-    the split, so that all ways are judged on the same predictions. `over_time` way -> measure -> (t,); `rows` in the
-    order to be shown. `group_examples`: on how many the groups were measured.
+    `head` its parts; `left_out` what the heads learned again do without. `outcomes`, `evaluated_outcomes`: how many
+    examples had each. `times_ms` (t,) ends of windows of `window_ms`; one that would begin before the split and ends
+    after it begins at the split, so that all ways are judged on the same predictions. `over_time` way -> measure ->
+    (t,); `rows` in the order to be shown; `reliability` way -> output -> bins, the output of a task with one being "".
     """
 
     task: str
+    judge: Judge
+    head: tuple[str, ...]
+    left_out: str
     examples: int
     clients: int
-    positives: int
+    outcomes: dict[str, int]
     split_ms: int
     evaluated: int
-    evaluated_positives: int
+    evaluated_outcomes: dict[str, int]
     rows: dict[str, Quality]
     window_ms: int
     times_ms: list[int]
     over_time: dict[str, dict[str, list[float]]]
-    reliability: dict[str, list[Bin]]
-    group_examples: int
-    groups: list[Group]
+    reliability: dict[str, dict[str, list[Bin]]]
+    contributions: Contributions
 
     def as_json(self) -> dict[str, Any]:
         """A map of plain values; NaN stands for what could not be measured."""
-        return asdict(self)
+        found = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        del found["judge"], found["contributions"]
+        one_curve = self.judge.kind != "multiclass"
+        return found | {
+            "kind": self.judge.kind,
+            "rows": {name: row.as_json() for name, row in self.rows.items()},
+            "reliability": {
+                name: [asdict(one) for one in curves[""]]
+                if one_curve
+                else {output: [asdict(one) for one in bins] for output, bins in curves.items()}
+                for name, curves in self.reliability.items()
+            },
+            "groups": [asdict(group) for group in self.contributions.groups],
+            "group_head": self.contributions.head,
+            "group_head_is_own": self.contributions.is_own,
+            "group_examples": self.contributions.examples,
+            "group_evaluated": self.contributions.evaluated,
+        }
 
 
 def report_on(
@@ -129,60 +137,100 @@ def report_on(
 
     Raises
     ------
-    DataError: the record is of other settings, or has nothing on one side of the split.
+    DataError: the record is of other settings, or has too little on one side of the split.
     """
     question = Questions(Layout.compile(settings, Schema.compile(settings))).by_task[task]
-    _check(task, examples, question.width)
+    _check(task, examples, question.settings, question.names)
+    judge = Judge(question.settings.kind, tuple(question.settings.classes))
+    again = Again.of(settings, question, examples)
+    target = again.targets()
     if split_ms is None:
         split_ms = int((examples.as_of_ms.min() + examples.as_of_ms.max()) // 2)
     later = examples.as_of_ms >= split_ms
-    if later.all() or not later.any():
-        side = "before" if later.all() else "after"
-        raise DataError(f"task {task!r}: the record has no example {side} the split: choose another with --split")
+    _check_sides(task, judge, target, later, examples.final_ms < split_ms, split_ms)
 
-    def prior(inputs: NDArray[np.bool_] | None = None) -> BayesianLogistic:
-        is_state = question.is_state if inputs is None else question.is_state[inputs]
-        return BayesianLogistic.of_task(settings.tasks[task], is_state)
+    def part(begin: float, end: float, text: str) -> Callable[[float], None]:
+        return lambda share: progress(begin + (end - begin) * share, f"{task}: {text}")
 
-    progress(0.0, f"{task}: frozen")
-    frozen = np.where(later, frozen_predictions(examples, split_ms, prior()), np.nan)
-    progress(0.1, f"{task}: fitted anew")
+    frozen = again.frozen_at(split_ms, part(0.0, 0.15, FROZEN))
+    frozen[~later] = np.nan
     refits = np.linspace(split_ms, int(examples.as_of_ms.max()), _REFITS, endpoint=False).astype(np.int64)
     scores = {
-        LIVE: examples.prediction.astype(np.float64),
+        LIVE: examples.said(again.outputs),
         FROZEN: frozen,
-        REFITTED: refitted(examples, prior(), refits),
+        name_of_fit(again): fitted_anew(again, refits, part(0.15, 0.35, name_of_fit(again))),
     }
-    judged = later & np.all([np.isfinite(values) for values in scores.values()], axis=0)
-    rows = {name: _quality(examples, judged, values, frozen, generator) for name, values in scores.items()}
-    span_ms = int(examples.as_of_ms.max() - examples.as_of_ms.min())
+    last = _last_of_each(examples)
+    judged = later & last & np.all([np.isfinite(said).all(axis=1) for said in scores.values()], axis=0)
+    _check_served(task, judge, target, scores, later & last, judged)
+    client = examples.clients()
+    judged_target, judged_client = target[judged], client[judged]
+    span_ms = examples.span_ms
     window_ms = max(1, span_ms // 6)
     times = np.linspace(int(examples.as_of_ms.min()), int(examples.as_of_ms.max()), _POINTS).astype(np.int64)
-    over_time = {name: _over_time(examples, values, times, window_ms, split_ms) for name, values in scores.items()}
-    groups, measured = _groups(examples, question.names, prior, later, most_for_groups, generator, progress, task)
     return TaskReport(
         task=task,
-        examples=len(examples),
-        clients=len(set(examples.client_id)),
-        positives=int(examples.label.sum()),
+        judge=judge,
+        head=question.settings.parts,
+        left_out=f"what tables add ({', '.join(question.settings.tables)})" if question.settings.tables else "",
+        examples=int(last.sum()),
+        clients=int(client.max()) + 1,
+        outcomes=judge.outcomes(target[last]),
         split_ms=split_ms,
         evaluated=int(judged.sum()),
-        evaluated_positives=int(examples.label[judged].sum()),
-        rows=rows,
+        evaluated_outcomes=judge.outcomes(target[judged]),
+        rows={
+            name: _quality(judge, judged_target, judged_client, said[judged], frozen[judged], generator)
+            for name, said in scores.items()
+        },
         window_ms=window_ms,
         times_ms=times.tolist(),
-        over_time=over_time,
-        reliability={name: _bins(examples.label[judged], values[judged]) for name, values in scores.items()},
-        group_examples=measured,
-        groups=groups,
-    )
+        over_time={
+            name: _over_time(judge, examples.as_of_ms, target, said, last, times, window_ms, split_ms)
+            for name, said in scores.items()
+        },
+        reliability={
+            name: judge.reliability(judged_client, judged_target, said[judged], generator)
+            for name, said in scores.items()
+        },
+        contributions=contributions(
+            again, judge, question.names, later & last, split_ms, most=most_for_groups, generator=generator,
+            progress=lambda share, text: progress(0.4 + 0.6 * share, f"{task}: {text}"),
+        ),
+    )  # fmt: skip
 
 
-def _check(task: str, examples: AnsweredExamples, width: int) -> None:
-    if examples.inputs.shape[1] != width:
+def _check(task: str, examples: AnsweredExamples, settings: Task, names: tuple[str, ...]) -> None:
+    """Refuse what was recorded under other settings, naming what differs."""
+    advice = "give the settings that the trainer had"
+    kinds = {"b": "true and false", "U": "names of classes"}
+    wanted = {"binary": "b", "multiclass": "U", "regression": "if"}[settings.kind]
+    if examples.label.dtype.kind not in wanted:
+        found = kinds.get(examples.label.dtype.kind, "numbers")
         raise DataError(
-            f"task {task!r}: the record has {examples.inputs.shape[1]} inputs, the settings describe {width}: give the "
-            f"settings that the trainer had"
+            f"task {task!r}: the labels of the record are {found}, tasks.{task}.kind is {settings.kind!r}: {advice}"
+        )
+    if settings.kind == "multiclass":
+        unknown = sorted(set(examples.label.tolist()) - set(settings.classes))
+        if unknown:
+            raise DataError(
+                f"task {task!r}: the record has labels {unknown[0]!r}, tasks.{task}.classes are "
+                f"{', '.join(settings.classes)}: {advice}"
+            )
+    if examples.names and examples.names != names:
+        there, here = (list(dict.fromkeys(group_names(one).tolist())) for one in (examples.names, names))
+        gone, new = ([name for name in one if name not in other] for one, other in ((there, here), (here, there)))
+        sides = (("only the record has", gone), ("only the settings have", new))
+        differs = "; ".join(f"{what} {', '.join(map(repr, some))}" for what, some in sides if some)
+        first = next((pair for pair in zip(examples.names, names, strict=False) if pair[0] != pair[1]), None)
+        if not differs and first is not None:
+            differs = f"where the record has {first[0]!r} the settings describe {first[1]!r}"
+        counts = f"the record has {len(examples.names)} inputs, the settings describe {len(names)}"
+        raise DataError(f"task {task!r}: {counts}{': ' if differs else ''}{differs}: {advice}")
+    if examples.inputs.shape[1] != len(names):
+        raise DataError(
+            f"task {task!r}: the record has {examples.inputs.shape[1]} inputs, the settings describe {len(names)}: "
+            f"{advice}"
         )
     if not len(examples.center):
         raise DataError(
@@ -191,114 +239,91 @@ def _check(task: str, examples: AnsweredExamples, width: int) -> None:
         )
 
 
-def _quality(
-    examples: AnsweredExamples,
+def _check_sides(
+    task: str, judge: Judge, target: Floats, later: NDArray[np.bool_], known: NDArray[np.bool_], split_ms: int
+) -> None:
+    day = datetime.fromtimestamp(split_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M")
+    for side, there, what in (
+        ("before", ~later, "no example"), ("after", later, "no example"), ("before", known, "too few final labels"),
+        ("after", later, "too few examples"),
+    ):  # fmt: skip
+        if not (judge.is_enough(target[there]) if what.startswith("too") else there.any()):
+            counts = ", ".join(f"{count} {name}" for name, count in judge.outcomes(target[there]).items())
+            least = f"{2 * LEAST} values" if judge.kind == "regression" else f"{LEAST} of each of two outcomes"
+            raise DataError(
+                f"task {task!r}: the record has {what} {side} the split at {day} ({counts}; {least} are needed on "
+                f"either side): choose another with --split, or report once there are more"
+            )
+
+
+def _check_served(
+    task: str,
+    judge: Judge,
+    target: Floats,
+    scores: dict[str, Floats],
+    asked: NDArray[np.bool_],
     judged: NDArray[np.bool_],
-    scores: Floats,
+) -> None:
+    """Refuse where too few predictions are there to compare, saying which way has none."""
+    if judge.is_enough(target[judged]):
+        return
+    counts = ", ".join(
+        f"{int((asked & np.isfinite(said).all(axis=1)).sum()):,} {name}" for name, said in scores.items()
+    )
+    raise DataError(
+        f"task {task!r}: of {int(asked.sum()):,} examples after the split too few were predicted in every way "
+        f"({counts}): choose a later one with --split, when its head served"
+    )
+
+
+def _last_of_each(examples: AnsweredExamples) -> NDArray[np.bool_]:
+    """(n,) whether no later answer to the same prediction follows: a positive that came late corrects a negative."""
+    last = dict(
+        zip(zip(examples.client_id, examples.as_of_ms.tolist(), strict=True), range(len(examples)), strict=True)
+    )
+    found = np.zeros(len(examples), np.bool_)
+    found[list(last.values())] = True
+    return found
+
+
+def _quality(
+    judge: Judge,
+    target: Floats,
+    client: NDArray[np.int64],
+    said: Floats,
     frozen: Floats,
     generator: np.random.Generator,
 ) -> Quality:
-    label, score = examples.label[judged], scores[judged]
-    clients = np.array(examples.client_id, object)[judged].astype(bytes)
-    own = auc_interval(clients, label, score, generator, _ROUNDS)
-    gain = auc_difference_interval(clients, label, score, frozen[judged], generator, _ROUNDS)
+    chief = judge.chief_of(target, said)
+    own = interval(client, len(target), chief, None, generator, ROUNDS)
+    gain = interval(client, len(target), chief, judge.chief_of(target, frozen), generator, ROUNDS)
     return Quality(
-        own.value, own.low, own.high, log_loss(label, score), expected_calibration_error(label, score), gain.value,
-        gain.low, gain.high,
+        judge.chief, judge.measure(target, said), own.low, own.high, gain.value, gain.low, gain.high,
+        judge.by_class(target, said),
     )  # fmt: skip
 
 
 def _over_time(
-    examples: AnsweredExamples, scores: Floats, ends: NDArray[np.int64], window_ms: int, split_ms: int
+    judge: Judge,
+    as_of_ms: NDArray[np.int64],
+    target: Floats,
+    said: Floats,
+    counts: NDArray[np.bool_],
+    ends: NDArray[np.int64],
+    window_ms: int,
+    split_ms: int,
 ) -> dict[str, list[float]]:
-    there = np.isfinite(scores)
-    order = np.argsort(examples.as_of_ms[there], kind="stable")
-    times, label, score = (part[there][order] for part in (examples.as_of_ms, examples.label, scores))
-    curves: dict[str, list[float]] = {name: [] for name in MEASURES}
+    there = np.flatnonzero(counts & np.isfinite(said).all(axis=1))
+    there = there[np.argsort(as_of_ms[there], kind="stable")]
+    times = as_of_ms[there]
+    curves: dict[str, list[float]] = {name: [] for name in judge.measures}
     for end in ends.tolist():
         after = max(end - window_ms, split_ms - 1) if end >= split_ms else end - window_ms
-        inside = slice(np.searchsorted(times, after, "right"), np.searchsorted(times, end, "right"))
-        y, p = label[inside], score[inside]
-        if min(int(y.sum()), len(y) - int(y.sum())) < LEAST_OF_EACH_CLASS:
-            values = (math.nan, math.nan, math.nan)
-        else:
-            values = (auc(y, p), log_loss(y, p), expected_calibration_error(y, p))
-        for name, value in zip(MEASURES, values, strict=True):
-            curves[name].append(value)
+        is_short = end - after < window_ms * _LEAST_OF_WINDOW
+        inside = there[np.searchsorted(times, after, "right") : np.searchsorted(times, end, "right")]
+        values = dict.fromkeys(judge.measures, math.nan)
+        if judge.is_enough(target[inside]) and not is_short:
+            values = judge.measure(target[inside], said[inside])
+        for name, curve in curves.items():
+            curve.append(values[name])
     return curves
-
-
-def _bins(label: NDArray[np.bool_], score: Floats) -> list[Bin]:
-    """Groups of equally many examples, by rising prediction."""
-    bins = []
-    for part in np.array_split(np.argsort(score, kind="stable"), _BINS):
-        n = len(part)
-        if n:
-            share = float(label[part].mean())
-            low, high = _wilson(share, n)
-            bins.append(Bin(float(score[part].mean()), share, low, high, n))
-    return bins
-
-
-def _wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Interval of a share (E. B. Wilson, JASA 22, 1927)."""
-    center = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, center - half), min(1.0, center + half)
-
-
-def _groups(
-    examples: AnsweredExamples,
-    names: Sequence[str],
-    prior: Callable[[NDArray[np.bool_] | None], BayesianLogistic],
-    later: NDArray[np.bool_],
-    most: int,
-    generator: np.random.Generator,
-    progress: Callable[[float, str], None],
-    task: str,
-) -> tuple[list[Group], int]:
-    drawn = _of_some_clients(examples, most, generator)
-    part = _taken(examples, drawn)
-    judged = later[drawn]
-    # Named before the first bracket, point or equals sign.
-    group_of = np.array([re.split(r"[\[.=]", name, maxsplit=1)[0] for name in names])
-    group_names = list(dict.fromkeys(group_of.tolist()))
-    each = 0.8 / (len(group_names) + 1)
-
-    def learn(inputs: NDArray[np.bool_] | None, begin: float, text: str) -> Floats:
-        return learned_on_the_way(part, prior(inputs), inputs, lambda share: progress(begin + each * share, text))
-
-    whole = learn(None, 0.2, f"{task}: all inputs")
-    label = part.label[judged]
-    clients = np.array(part.client_id, object)[judged].astype(bytes)
-    groups = []
-    for at, name in enumerate(group_names):
-        without = learn(group_of != name, 0.2 + each * (at + 1), f"{task}: without {name}")
-        loss = auc_difference_interval(clients, label, whole[judged], without[judged], generator, _ROUNDS)
-        groups.append(Group(name, int((group_of == name).sum()), loss.value, loss.low, loss.high))
-    return sorted(groups, key=lambda group: -group.loss), len(part)
-
-
-def _of_some_clients(examples: AnsweredExamples, most: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    """Examples of clients drawn at random, all of each, at most so many; in their order."""
-    if len(examples) <= most:
-        return np.arange(len(examples))
-    names, client, counts = np.unique(np.array(examples.client_id), return_inverse=True, return_counts=True)
-    drawn = generator.permutation(len(names))
-    kept = drawn[: max(1, int(np.searchsorted(np.cumsum(counts[drawn]), most, "right")))]
-    return np.flatnonzero(np.isin(client, kept))
-
-
-def _taken(examples: AnsweredExamples, at: NDArray[np.int64]) -> AnsweredExamples:
-    return AnsweredExamples(
-        client_id=[examples.client_id[i] for i in at.tolist()],
-        as_of_ms=examples.as_of_ms[at],
-        label=examples.label[at],
-        weight=examples.weight[at],
-        known_ms=examples.known_ms[at],
-        final_ms=examples.final_ms[at],
-        inputs=examples.inputs[at],
-        prediction=examples.prediction[at],
-        center=examples.center,
-        scale=examples.scale,
-    )

@@ -1,103 +1,139 @@
-"""What other ways of learning would have said of the examples that a trainer recorded.
+"""What models that are fitted anew, again and again, would have said of the examples that a trainer recorded.
 
-Guarantees: a prediction at time t uses labels that were final at or before t, and no others; all ways see the same
-inputs, standardised as the live head's were.
+Guaranteed: a prediction at time t uses labels that were final before t, and no others; all ways see the same inputs,
+and predict by the same parts that serve. A task whose head is Bayesian is fitted exactly, under the prior of the
+head that learns online; one with networks or trees by LightGBM as `tasks.NAME.gbdt` says.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
+from typing import Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from stream.model.heads import sigmoid, standardise
-from trainer.learner import BayesianLogistic
-from trainer.record import AnsweredExamples
+from stream.model.heads import Head, linear_tensors, sigmoid, standardise, trees_tensors
+from stream.model.parameters import ParameterSet, Tensor
+from trainer.learner import Batch, fit_trees, prior_variance
+from trainer.report.again import Again
 
-__all__ = ["learned_on_the_way", "refitted"]
+__all__ = ["BAYESIAN", "fitted_anew", "name_of_fit"]
 
 Floats = NDArray[np.float64]
+#: Parts of a head that have one exact fit.
+BAYESIAN = frozenset({"logistic", "linear"})
 _NEWTON_STEPS = 25
 _CONVERGED = 1e-8
 
 
-def learned_on_the_way(
-    examples: AnsweredExamples,
-    head: BayesianLogistic,
-    inputs: NDArray[np.bool_] | None = None,
-    passed: Callable[[float], None] = lambda _: None,
-) -> Floats:
-    """(n,) predictions of a head that learns each label once it is final, and is asked before.
+def name_of_fit(again: Again) -> str:
+    """What is fitted anew beside this task."""
+    if not BAYESIAN.issuperset(again.settings.parts):
+        return "LightGBM fitted anew"
+    return "linear fitted anew" if again.settings.kind == "regression" else "logistic fitted anew"
+
+
+def fitted_anew(again: Again, times_ms: NDArray[np.int64], passed: Callable[[float], None] = lambda _: None) -> Floats:
+    """(n, outputs) predictions of a model that is fitted anew at each of `times_ms` (rising), NaN before the first and
+    where there was too little to fit: no label, or none of some class.
 
     Parameters
     ----------
-    head: the prior; it learns here. Its width is that of the inputs taken, and one.
-    inputs: bool[F], those that it sees; all if not given.
     passed: told now and then how much is done, 0 to 1.
     """
-    x = _standardised(examples, inputs)
-    final = np.argsort(examples.final_ms, kind="stable")
-    asked = np.argsort(examples.as_of_ms, kind="stable")
-    known = np.searchsorted(examples.final_ms[final], examples.as_of_ms[asked], "right")
-    out = np.full(len(examples), np.nan)
-    learned = 0
-    finite = np.asarray(np.isfinite(x).all(axis=1), np.bool_)
-    edges = [0, *(np.flatnonzero(np.diff(known)) + 1).tolist(), len(asked)]
-    for start, end in itertools.pairwise(edges):
-        if start == end:
-            continue
-        for i in final[learned : known[start]].tolist():
-            if finite[i]:
-                head.learn(x[i], bool(examples.label[i]), float(examples.weight[i]))
-        learned = int(known[start])
-        out[asked[start:end]] = head.predict(x[asked[start:end]])
-        passed(end / len(asked))
-    return out
-
-
-def refitted(examples: AnsweredExamples, prior: BayesianLogistic, times_ms: NDArray[np.int64]) -> Floats:
-    """(n,) predictions of a head that is fitted anew, exactly, at each of `times_ms` (rising), NaN before the first.
-
-    The weights are the mode of the posterior given all labels final by then, found by Newton's method (iteratively
-    reweighted least squares); the prior is that of the head that learns online.
-    """
-    x = _standardised(examples, None)
-    out = np.full(len(examples), np.nan)
-    usable = np.isfinite(x).all(axis=1)
-    precision = np.asarray(np.linalg.inv(prior.covariance), np.float64)
-    weights = prior.mean.copy()
+    examples, settings = again.examples, again.settings
+    bayesian = BAYESIAN.issuperset(settings.parts)
+    fit: _Fit = _Bayesian(again) if bayesian else _Trees(again)
+    head = "gbdt" if not bayesian else "linear" if settings.kind == "regression" else "logistic"
+    serves = msgspec.structs.replace(settings, head=head)
+    usable = np.isfinite(examples.inputs).all(axis=1)
+    targets = again.targets()
+    out = np.full((len(examples), again.outputs), np.nan)
     for at, start in enumerate(times_ms.tolist()):
-        known = usable & (examples.final_ms <= start)
-        weights = _mode(x[known], examples.label[known], examples.weight[known], prior.mean, precision, weights)
+        passed(at / len(times_ms))
+        known = np.flatnonzero(usable & (examples.final_ms < start))
         end = times_ms[at + 1] if at + 1 < len(times_ms) else np.iinfo(np.int64).max
-        asked = (examples.as_of_ms >= start) & (examples.as_of_ms < end)
-        out[asked] = sigmoid(x[asked] @ weights)
+        asked = np.flatnonzero(usable & (examples.as_of_ms >= start) & (examples.as_of_ms < end))
+        if len(asked) and _is_enough(settings.kind, again.outputs, targets[known]):
+            parameters = ParameterSet(fit.tensors(known, targets[known]))
+            out[asked] = Head(again.task, serves, parameters, len(again.is_state)).predict(examples.inputs[asked])
     return out
 
 
-def _standardised(examples: AnsweredExamples, inputs: NDArray[np.bool_] | None) -> Floats:
-    x = standardise(examples.inputs, examples.center, examples.scale)
-    return x if inputs is None else x[:, np.append(inputs, True)]
+def _is_enough(kind: str, outputs: int, targets: Floats) -> bool:
+    if kind == "regression":
+        return len(targets) > 0
+    return bool(np.bincount(targets.astype(np.int64), minlength=max(2, outputs)).all())
 
 
-def _mode(
-    x: Floats, label: NDArray[np.bool_], weight: Floats, mean: Floats, precision: Floats, start: Floats
-) -> Floats:
-    """Where the log posterior is largest; Newton's steps, halved until each gains."""
+class _Fit(Protocol):
+    """A model of the examples at indices `known` (k,) with these targets (k,), as tensors that a head serves."""
+
+    def tensors(self, known: NDArray[np.int64], targets: Floats) -> dict[str, Tensor]: ...
+
+
+class _Trees:
+    """LightGBM, of the newest examples that the task may keep."""
+
+    def __init__(self, again: Again) -> None:
+        self._again = again
+
+    def tensors(self, known: NDArray[np.int64], targets: Floats) -> dict[str, Tensor]:
+        again, examples = self._again, self._again.examples
+        newest = slice(max(0, len(known) - again.settings.keep_examples), None)
+        kept = known[newest]
+        batch = Batch(examples.inputs[kept], targets[newest], examples.weight[kept], np.zeros(len(kept)))
+        return trees_tensors(again.task, examples.center, fit_trees(again.settings, batch, again.seed))
+
+
+class _Bayesian:
+    """The weights of largest posterior given all labels, of several classes for each against the others.
+
+    Logistic ones are found by Newton's method (iteratively reweighted least squares), which begins where the last fit
+    ended; linear ones in closed form.
+    """
+
+    def __init__(self, again: Again) -> None:
+        self._again = again
+        variance = prior_variance(again.settings, again.is_state)
+        # A weight without a variance stays at zero.
+        self._free = variance > 0.0
+        self._precision = np.diag(1.0 / variance[self._free])
+        self._modes = np.zeros((again.outputs, int(self._free.sum())))
+
+    def tensors(self, known: NDArray[np.int64], targets: Floats) -> dict[str, Tensor]:
+        again, examples = self._again, self._again.examples
+        x = standardise(examples.inputs[known], examples.center, examples.scale)[:, self._free]
+        weight = examples.weight[known]
+        for output, mode in enumerate(self._modes):
+            if again.settings.kind == "regression":
+                mode[:] = np.linalg.solve((x.T * weight) @ x + self._precision, x.T @ (weight * targets))
+            else:
+                is_it = targets == (output if again.settings.classes else 1)
+                mode[:] = _mode(x, is_it, weight, self._precision, mode)
+        weights = np.zeros((len(self._modes), len(self._free)))
+        weights[:, self._free] = self._modes
+        return linear_tensors(
+            again.task, examples.center, examples.scale, weights if again.settings.classes else weights[0]
+        )
+
+
+def _mode(x: Floats, label: NDArray[np.bool_], weight: Floats, precision: Floats, start: Floats) -> Floats:
+    """Where the log posterior is largest, the prior being around zero; Newton's steps, halved until each gains."""
 
     def loss(m: Floats) -> float:
         z = x @ m
         # log(1 + exp(z)) - y z, without overflow
         nll = np.logaddexp(0.0, z) - label * z
-        return float(weight @ nll + 0.5 * (m - mean) @ precision @ (m - mean))
+        return float(weight @ nll + 0.5 * m @ precision @ m)
 
     m = start.copy()
     before = loss(m)
     for _ in range(_NEWTON_STEPS):
         p = sigmoid(x @ m)
-        gradient = x.T @ (weight * (p - label)) + precision @ (m - mean)
+        gradient = x.T @ (weight * (p - label)) + precision @ m
         curvature = (x.T * (weight * p * (1.0 - p))) @ x + precision
         step = np.linalg.solve(curvature, gradient)
         size = 1.0

@@ -27,9 +27,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stream.model.heads import Questions
+from stream.model.layout import Layout
 from stream.model.parameters import ParameterSet
 from stream.settings import Settings, load
-from tests.bench.quality.again import published_every
+from stream.wire import Schema
 from tests.bench.quality.baselines import FIRST, REGULARISED, boosted, logistic_refit, online_logistic
 from tests.bench.quality.coupon import coupon_stream
 from tests.bench.quality.live import live, lived
@@ -39,6 +41,7 @@ from tests.bench.quality.trunks import TRUNKS, made_trunk, under_trunk
 from tests.bench.support.site import machine
 from trainer.evaluation import auc, auc_difference_interval, auc_interval, expected_calibration_error, log_loss
 from trainer.record import AnsweredExamples, read_record
+from trainer.report.again import Again
 
 __all__ = ["main"]
 
@@ -47,7 +50,8 @@ Tell = Callable[[str], None]
 HOUR_MS = 3_600_000
 ROWS = ("live", "frozen", "retrained_daily", "aggregates_lightgbm", "logistic_refit", "river")
 STREAMS: dict[str, Callable[[int | None], Stream]] = {"loan": loan_stream, "coupon": coupon_stream}
-INTERVALS_MS = {"never": None, "5h": 5 * HOUR_MS, "1h": HOUR_MS, "30min": HOUR_MS // 2, "1s": 1000}
+NEVER = "never"
+INTERVALS_MS = {"5h": 5 * HOUR_MS, "1h": HOUR_MS, "30min": HOUR_MS // 2, "1s": 1000}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -111,16 +115,19 @@ def _measured(stream: Stream, place: str, options: argparse.Namespace, tell: Tel
         return values
 
     def published() -> Floats:
-        said = published_every(settings, stream.task, examples, stream.judged_from_ms, list(INTERVALS_MS.values()))
-        return np.stack([_at(said[interval], at, len(judged)) for interval in INTERVALS_MS.values()])
+        question = Questions(Layout.compile(settings, Schema.compile(settings))).by_task[stream.task]
+        again = Again.of(settings, question, examples)
+        often, _ = again.published_every(list(INTERVALS_MS.values()), stream.judged_from_ms)
+        said = [again.frozen_at(stream.judged_from_ms), *often]
+        return np.stack([_at(one[:, 0], at, len(judged)) for one in said])
 
     scores["live"] = kept("live", lambda: left.prediction)
     for name, make in _baselines(stream, examples, at, options.refit_days).items():
         if name.startswith(tuple(options.rows)):
             scores[name] = kept(f"{name}-{options.refit_days:g}", make)
     if "frozen" in options.rows:
-        intervals = dict(zip(INTERVALS_MS, kept("published", published), strict=True))
-        scores["frozen"] = intervals["never"]
+        intervals = dict(zip((NEVER, *INTERVALS_MS), kept("published", published), strict=True))
+        scores["frozen"] = intervals[NEVER]
     for name in options.trunks:
         trunks[name] = kept(f"trunk-{name}", partial(_over, name, settings, stream, examples, at))
     for values in [*scores.values(), *intervals.values(), *trunks.values()]:

@@ -19,13 +19,13 @@ from stream.model.layout import Layout
 from stream.model.parameters import ParameterSet
 from stream.settings import Settings
 from stream.wire import EventDecoder, Schema, decode_feedback
-from tests.bench.quality.again import published_every
 from tests.bench.quality.live import record_blocks
 from tests.bench.quality.streams import NEVER_MS, Stream
 from tests.support.truth import PlainRows
 from trainer.learner import Standardiser
 from trainer.pretrain import fit, random_trunk
 from trainer.record import AnsweredExamples
+from trainer.report.again import Again
 
 __all__ = ["TRUNKS", "made_trunk", "under_trunk"]
 
@@ -78,7 +78,9 @@ def under_trunk(
         standardiser.observe(row)
     center, scale = standardiser.fixed
     under = replace(examples, inputs=rows[at], center=center, scale=scale)
-    return published_every(settings, stream.task, under, stream.judged_from_ms, [1000])[1000]
+    question = Questions(Layout.compile(settings, Schema.compile(settings))).by_task[stream.task]
+    (said,), _ = Again.of(settings, question, under).published_every([1000], stream.judged_from_ms)
+    return said[:, 0]
 
 
 def _rows(settings: Settings, stream: Stream, parameters: ParameterSet) -> NDArray[np.float32]:

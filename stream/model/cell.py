@@ -17,11 +17,14 @@ from stream.errors import ParametersError
 from stream.model.gates import advance_states
 from stream.model.parameters import ParameterSet
 from stream.model.product import aligned_zeros, multiply_add, pack_weights, padded_columns
+from stream.store.hashing import LINE, prefetch
 
 __all__ = ["Cell"]
 
 #: Rows whose products stay in a core's cache until their gates are computed.
 _CHUNK_ROWS = 64
+#: Rows asked for before they are read.
+_AHEAD = 64
 
 
 class Cell:
@@ -123,6 +126,10 @@ def _run_waves(  # type: ignore[no-untyped-def]
         if wave == 0:
             before, row = state, 0
             for i in range(count):
+                # Also of the next pieces, whose rows memory then brings while this one is computed.
+                if at + i + _AHEAD < starts[1]:
+                    for k in range(0, width, LINE):
+                        prefetch(rows, slots[at + i + _AHEAD] * rows.shape[1] + k)
                 for k in range(width):
                     state[i, k] = rows[slots[at + i], k]
         else:

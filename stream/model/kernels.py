@@ -12,10 +12,13 @@ import numpy as np
 from numba import njit
 
 from stream.borrowing import borrowing
+from stream.store.hashing import LINE, prefetch
 
 __all__ = ["advance", "assemble", "expiry_parts", "plan", "ring_code", "scatter_hidden", "tally_bins"]
 
 _TIME_BASE = 16777216.0  # 2**24: the largest power below which float32 holds every integer
+#: Rows asked for before they are written: memory answers many at a time.
+_AHEAD = 16
 _LARGEST = 1e15  # a sum of amounts beyond this could overflow float32 and poison its row
 
 
@@ -338,7 +341,11 @@ def assemble(  # type: ignore[no-untyped-def]
 @borrowing()
 def scatter_hidden(source, rows, slots, columns, vectors):  # type: ignore[no-untyped-def]
     """vectors[slots[i], :columns] = source[rows[i], :columns]."""
+    width = vectors.shape[1]
     for i in range(rows.shape[0]):
+        if i + _AHEAD < rows.shape[0]:
+            for k in range(0, columns, LINE):
+                prefetch(vectors, slots[i + _AHEAD] * width + k)
         for k in range(columns):
             vectors[slots[i], k] = source[rows[i], k]
 

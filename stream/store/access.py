@@ -87,7 +87,8 @@ class Update:
             self._slots, self._made = core.begin(self._keys)
             core.updating = True
             self._accounts = core.table.account(self._slots)
-            self._rows = core.table.rows[self._slots]
+            # -1 gives some row, which is never put back.
+            self._rows = core.table.rows.take(self._slots, axis=0, mode="clip")
         except BaseException:
             core.lock.release()
             raise

@@ -389,7 +389,8 @@ class Core:
         """Records at slots: rows, waiting keys with their held events, None for the dead."""
         flags = self.table.flags[slots]
         if not (flags & _NOT_LIVE).any():
-            return list(rows.encode_rows(self.table.account(slots), self.table.rows[slots], self.options.width))
+            floats = self.table.rows.take(slots, axis=0)
+            return list(rows.encode_rows(self.table.account(slots), floats, self.options.width))
         out: list[bytes | None] = [None] * slots.shape[0]
         live = np.flatnonzero((flags & _NOT_LIVE) == 0)
         floats = self.table.rows[slots[live]]

@@ -16,8 +16,10 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["hash_keys", "hash_one", "load_tail", "load_word", "prefetch"]
+__all__ = ["LINE", "hash_keys", "hash_one", "load_tail", "load_word", "prefetch"]
 
+#: float32 in a cache line.
+LINE = 16
 _K1 = np.uint64(0x9E3779B97F4A7C15)
 _K2 = np.uint64(0xD6E8FEB86659FD93)
 _K3 = np.uint64(0xFF51AFD7ED558CCD)

@@ -19,6 +19,7 @@ from stream.store.lives import aged_of, lag_of, prolonged, with_lag
 __all__ = [
     "aged",
     "clean",
+    "clear_bits",
     "evict",
     "expired_scan",
     "gather",
@@ -63,6 +64,13 @@ def clean(records: Any, counters: Any, slots: Any) -> None:
         if (word & np.uint64(UNSAVED << 16)) != _ZERO:
             counters[UNSAVED_ROWS] -= 1
             records[slots[i], 5] = word & ~np.uint64(UNSAVED << 16)
+
+
+@njit(cache=True, nogil=True)
+def clear_bits(bits: Any, slots: Any) -> None:
+    """Clear the bits of slots (int64[n])."""
+    for i in range(slots.shape[0]):
+        bits[slots[i] >> 6] &= ~(_ONE << np.uint64(slots[i] & 63))
 
 
 @njit(cache=True, nogil=True)

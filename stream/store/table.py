@@ -209,7 +209,7 @@ class Table:
     @staticmethod
     def clear_bits(bits: Uint64, slots: Int64) -> None:
         """Clear the bits of slots."""
-        np.bitwise_and.at(bits, slots >> 6, ~(np.uint64(1) << (slots & 63).astype(np.uint64)))
+        kernels.clear_bits(bits, slots)
 
     def scatter(
         self,

@@ -36,16 +36,21 @@ def test_aggregates_equal_plain_sums_before_the_send(journey: Journey, features:
         assert row[column["sales_of_GROCERY"]] == pytest.approx(lines.sales_value[grocery].sum(), abs=0.05)
         last = lines.timestamp_ms[mine].max() if mine.any() else np.nan
         assert row[column["days_since_basket"]] == pytest.approx((now - last) / DAY_MS, rel=1e-5, nan_ok=True)
-        # And of the campaign's coupons, as many lines as were bought of their categories
+        # And of the campaign's coupons, as many lines as were bought of their categories, and of their products
         year = (lines.household == who) & (lines.timestamp_ms < now) & (lines.timestamp_ms >= now - 365 * DAY_MS)
-        of = journey.products.product_category[lines.product[year]]
-        groups = journey.campaigns.categories[sends.campaign[i]]
-        counts = sorted((np.log1p(sum((of == name).sum() for name in group)) for group in groups), reverse=True)
-        assert row[column["match_all_365d_best"]] == pytest.approx(np.mean(counts[:16]), abs=1e-5)
-        assert row[column["match_all_365d_maximum"]] == pytest.approx(counts[0], abs=1e-5)
-        assert row[column["match_all_365d_mean"]] == pytest.approx(np.mean(counts), abs=1e-5)
-        union = np.isin(of.astype(str), list({name for group in groups for name in group})).sum()
-        assert row[column["match_all_365d_union"]] == pytest.approx(np.log1p(union), abs=1e-5)
+        campaigns, at = journey.campaigns, sends.campaign[i]
+        for what, of_product, listed in (
+            ("category", journey.products.product_category, campaigns.categories[at]),
+            ("product", journey.products.product_id, campaigns.products[at]),
+        ):
+            of = of_product[lines.product[year]].astype(str)
+            groups = [[str(name) for name in group] for group in listed]
+            counts = sorted((np.log1p(np.isin(of, group).sum()) for group in groups), reverse=True)
+            matched = {part: row[column[f"match_{what}_all_365d_{part}"]] for part in ("best", "maximum", "mean")}
+            by_hand = {"best": np.mean(counts[:16]), "maximum": counts[0], "mean": np.mean(counts)}
+            assert matched == pytest.approx(by_hand, abs=1e-5)
+            union = np.isin(of, [name for group in groups for name in group]).sum()
+            assert row[column[f"match_{what}_all_365d_union"]] == pytest.approx(np.log1p(union), abs=1e-5)
         before = (sends.household == who) & (sends.timestamp_ms < now)
         known = (sends.household == who) & (sends.redeemed_ms >= 0) & (sends.redeemed_ms < now)
         assert row[column["sent"]] == before.sum()

@@ -1,5 +1,6 @@
 """The year of real data as a stream: counts, order, and labels known no sooner than they could be."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -80,15 +81,38 @@ def test_sends_happen_at_the_campaigns_start_or_at_the_years(journey: Journey) -
     assert len(np.unique(moments, axis=1).T) == len(sends)
     send = next(event for event in journey.events() if event.modality == "campaign_send")
     fields = dict(send.fields)
-    # A coupon lists the categories of its products, each once: 486 pairs at most where products would be 38,000
-    groups = fields.pop("categories")
+    # A coupon lists its products, each once: 5,541 pairs at most where all would be 38,000
+    groups = fields.pop("products")
     assert isinstance(groups, tuple)
-    assert len(groups) == 27
-    assert groups[0] == ("AIR CARE",)
-    assert all(len(set(group)) == len(group) for one in campaigns.categories for group in one)
-    pairs = [sum(map(len, one)) for one in campaigns.categories]
-    assert (sum(pairs), max(pairs)) == (2_075, 486)
+    assert groups == campaigns.products[sends.campaign[0]]
+    assert [len(one) for one in campaigns.products] == campaigns.coupons.tolist()
+    assert all(0 < len(set(group)) == len(group) <= 200 for one in campaigns.products for group in one)
+    assert max(sum(map(len, one)) for one in campaigns.products) == 5_541
     assert fields == {"campaign_id": "24", "campaign_type": "Type C", "duration_days": 63, "coupons": 27}
+
+
+def test_a_coupon_lists_what_sold_most_before_its_campaign(journey: Journey) -> None:
+    # Given a coupon for more products than a send lists, and the lines of the 120 days before its campaign
+    data = demo._package_data()
+    rows = pq.read_table(data / "coupons.parquet", filters=[("campaign_id", "=", 13)]).to_pylist()
+    of: dict[str, set[int]] = {}
+    for row in rows:
+        of.setdefault(row["coupon_upc"], set()).add(int(row["product_id"]))
+    at = journey.campaigns.campaign_id.tolist().index(13)
+    which = max(range(len(of)), key=lambda number: len(of[sorted(of, key=int)[number]]))
+    every = of[sorted(of, key=int)[which]]
+    start, lines = ms("2017-08-08"), journey.purchases
+    before = (lines.timestamp_ms < start) & (lines.timestamp_ms >= start - 120 * DAY_MS)
+    sold = Counter(journey.products.product_id[lines.product[before]].tolist())
+    # When it is listed, then most sold first, and what is left out sold no more often
+    listed = journey.campaigns.products[at][which]
+    counts = [sold[str(product)] for product in listed]
+    assert counts == sorted(counts, reverse=True)
+    assert set(listed) < every
+    assert counts[-1] >= max(sold[str(product)] for product in every - set(listed))
+    # And of a campaign before anything was sold, the first by their ids
+    first = journey.campaigns.products[journey.campaigns.campaign_id.tolist().index(24)]
+    assert all(list(group) == sorted(group) for group in first)
 
 
 def test_a_label_is_known_no_sooner_than_it_could_be(journey: Journey) -> None:

@@ -44,8 +44,8 @@ class Publisher:
                 self.refused += 1
             elif draw < 0.1:
                 fields = {"campaign_id": str(rng.integers(30)), "campaign_type": "Type A", "duration_days": 32}
-                coupons = [[f"category-{one}" for one in rng.integers(300, size=3)] for _ in range(rng.integers(9))]
-                fields |= {"coupons": len(coupons), "categories": coupons}
+                coupons = [rng.integers(5000, size=3).tolist() for _ in range(rng.integers(9))]
+                fields |= {"coupons": len(coupons), "products": coupons}
                 value = encode_event(client, self._now_ms, "campaign_send", fields)
                 label = FeedbackRecord(
                     client, self._now_ms + 1, self._now_ms, "redeemed", bool(rng.random() < 0.3)

@@ -55,7 +55,7 @@ with EmbeddingStore.open(directory / "store", options) as store:
     numbers = ("quantity", "sales_value", "retail_disc", "coupon_disc", "coupon_match_disc")
     bought = {"product_id": "a", "store_id": "b", "product_category": "c", "department": "DELI"}
     sent = {"campaign_id": "a", "campaign_type": "Type A", "duration_days": 30, "coupons": 2}
-    sent["categories"] = [["c"], ["d"]]
+    sent["products"] = [["a"], ["d"]]
     kinds = (("purchase", bought | dict.fromkeys(numbers, 1.0)), ("campaign_send", sent))
     values = [encode_event(key.decode(), 10**12 + i, *kinds[i % 2]) for i, key in enumerate(keys)]
     block = RecordBlock.from_lists(keys, values, np.arange(100), np.full(100, 10**13))

@@ -13,7 +13,9 @@ Choices: three campaigns started before the year does. Their sends are placed at
 as the stream knows nothing before it, and their predictions rest on an empty history. A label that becomes
 known only after the last purchase (campaigns that run into 2018) is not part of the feedback: nobody knew it
 within the year. Not guaranteed: that such a send was never redeemed later; `Sends.redeemed_ms` says what the
-files say.
+files say. A send lists what the campaign's coupons are for, as far as it fits an event: of each coupon up to 200
+products, those that sold most often, to anybody, in the 120 days before the campaign. A few coupons are for thousands,
+most of which nobody buys: the largest campaign has 38,000 pairs of coupon and product, of which 5,541 are listed.
 """
 
 from __future__ import annotations
@@ -53,6 +55,9 @@ DAY_MS = 86_400_000
 #: 2017-01-01 00:00:00 UTC
 YEAR_START_MS = 1_483_228_800_000
 TASK = "redeemed"
+#: Products that a send lists of one coupon, and the days before a campaign that say which sell most.
+MOST_PRODUCTS = 200
+SOLD_DAYS = 120
 
 
 class Event(NamedTuple):
@@ -113,6 +118,9 @@ class Campaigns:
     #: for each campaign, for each of its coupons, the categories of the products it is for; a coupon whose products
     #: have no category is left out
     categories: tuple[tuple[tuple[str, ...], ...], ...]
+    #: for each campaign, for each of its coupons, the ids of products it is for, at most `MOST_PRODUCTS`, those that
+    #: sold most in the `SOLD_DAYS` before the campaign, most first
+    products: tuple[tuple[tuple[int, ...], ...], ...]
 
 
 @dataclass(frozen=True)
@@ -271,7 +279,7 @@ class Journey:
                 "campaign_type": campaigns.campaign_type[campaign],
                 "duration_days": int(campaigns.duration_days[campaign]),
                 "coupons": int(campaigns.coupons[campaign]),
-                "categories": campaigns.categories[campaign],
+                "products": campaigns.products[campaign],
             },
         )
 
@@ -299,7 +307,7 @@ def load(directory: str | Path | None = None) -> Journey:
     """
     data = _package_data() if directory is None else Path(directory)
     purchases, products = _purchases(data)
-    campaigns = _campaigns(data)
+    campaigns = _campaigns(data, purchases, products)
     redemptions = _redemptions(data, campaigns)
     sends = _sends(data, campaigns, redemptions)
     kinds = (purchases, sends, redemptions)
@@ -392,7 +400,7 @@ def _products(data: Path, bought: Ints) -> Products:
     )
 
 
-def _campaigns(data: Path) -> Campaigns:
+def _campaigns(data: Path, purchases: Purchases, bought: Products) -> Campaigns:
     described = _table(data, "campaign_descriptions", ["campaign_id", "campaign_type", "start_date", "end_date"])
     coupons = _table(data, "coupons", ["coupon_upc", "product_id", "campaign_id"])
     pairs = np.unique(np.stack([_ints(coupons["campaign_id"]), _ints(coupons["coupon_upc"])]), axis=1)
@@ -408,14 +416,14 @@ def _campaigns(data: Path) -> Campaigns:
         duration_days=(last_day - start) // DAY_MS,
         coupons=np.asarray([np.count_nonzero(pairs[0] == i) for i in ids[order].tolist()], dtype=np.int64),
         categories=_coupon_categories(data, coupons, ids[order]),
+        products=_coupon_products(coupons, ids[order], start, purchases, bought),
     )
 
 
 def _coupon_categories(
     data: Path, coupons: dict[str, pa.ChunkedArray], campaigns: Ints
 ) -> tuple[tuple[tuple[str, ...], ...], ...]:
-    """Categories and not products: a campaign's coupons are for up to 38,000 products of 500 pairs of coupon and
-    category, which is what an event can carry."""
+    """For each campaign, for each of its coupons, the categories of its products, in the order of their names."""
     listed = _table(data, "products", ["product_id", "product_category"])
     texts = _texts(listed["product_category"])
     number = {name: at for at, name in enumerate(sorted({text for text in texts.tolist() if text is not None}))}
@@ -429,6 +437,29 @@ def _coupon_categories(
         groups: dict[int, list[str]] = {}
         for coupon, at in np.unique(np.stack([upc[own], category[own]]), axis=1).T.tolist():
             groups.setdefault(coupon, []).append(names[at])
+        found.append(tuple(tuple(group) for group in groups.values()))
+    return tuple(found)
+
+
+def _coupon_products(
+    coupons: dict[str, pa.ChunkedArray], campaigns: Ints, start_ms: Ints, purchases: Purchases, bought: Products
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Of each coupon those that sold in most lines before the campaign; of equals, the smallest ids."""
+    ids = bought.product_id.astype(np.int64)
+    upc, product, campaign = (_ints(coupons[name]) for name in ("coupon_upc", "product_id", "campaign_id"))
+    found = []
+    for one, start in zip(campaigns.tolist(), np.maximum(start_ms, YEAR_START_MS).tolist(), strict=True):
+        since = (purchases.timestamp_ms >= start - SOLD_DAYS * DAY_MS) & (purchases.timestamp_ms < start)
+        sold = np.bincount(purchases.product[since], minlength=len(ids))
+        own = campaign == one
+        coupon, item = np.unique(np.stack([upc[own], product[own]]), axis=1)
+        at = np.minimum(np.searchsorted(ids, item), len(ids) - 1)
+        lines = np.where(ids[at] == item, sold[at], 0)
+        groups: dict[int, list[int]] = {}
+        for i in np.lexsort((item, -lines, coupon)).tolist():
+            group = groups.setdefault(int(coupon[i]), [])
+            if len(group) < MOST_PRODUCTS:
+                group.append(int(item[i]))
         found.append(tuple(tuple(group) for group in groups.values()))
     return tuple(found)
 

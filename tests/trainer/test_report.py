@@ -23,7 +23,7 @@ from trainer.record import AnsweredExamples, Recorder, read_record
 from trainer.report.again import Again
 from trainer.report.rows import fitted_anew
 
-from .shop import DAY_MS, START_MS, TOML, settings
+from .shop import DAY_MS, START_MS, TABLED, TOML, settings
 
 N = 1_200
 
@@ -54,8 +54,8 @@ def write_record(path: Path, n: int = N) -> AnsweredExamples:
     return read_record(path)["redeemed"]
 
 
-def report(tmp_path: Path, *more: str) -> int:
-    (tmp_path / "shop.toml").write_text(TOML)
+def report(tmp_path: Path, *more: str, text: str = TOML) -> int:
+    (tmp_path / "shop.toml").write_text(text)
     arguments = [str(tmp_path / "record"), "--settings", str(tmp_path / "shop.toml"), "--out", str(tmp_path / "out")]
     return main(["report", *arguments, *more])
 
@@ -97,7 +97,22 @@ def test_a_record_becomes_figures_and_pictures(tmp_path: Path, capsys: pytest.Ca
     for path in found["pictures"].values():
         picture = imread(path)
         assert min(picture.shape[:2]) > 400
-        assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 20
+        assert 0.5 < float(picture[..., :3].mean()) < 0.99
+        assert len(np.unique(picture[..., 0])) > 20
+
+
+def test_what_tables_add_is_left_out_and_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Given a task whose head reads a table, which a record does not say the rows of
+    write_record(tmp_path / "record")
+    assert report(tmp_path, "--json", "--group-examples", "200") == 0
+    without = json.loads(capsys.readouterr().out)["tasks"]["redeemed"]
+    # When it is reported on
+    assert report(tmp_path, "--group-examples", "200", text=TABLED) == 0
+    # Then heads learn again as if it had none, and the report says so
+    assert "the rows below live do without what tables add (kind)" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["tasks"]["redeemed"]
+    assert found["left_out"] == "what tables add (kind)"
+    assert found["rows"] == without["rows"]
 
 
 def again(examples: AnsweredExamples) -> Again:

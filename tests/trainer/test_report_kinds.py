@@ -22,6 +22,8 @@ from stream.wire import FeedbackRecord, Label, encode_event, encode_feedback
 from trainer.evaluation import auc, log_loss
 from trainer.record import AnsweredExamples, read_record
 from trainer.report.again import Again
+from trainer.report.groups import contributions
+from trainer.report.measures import Judge
 
 from .shop import DAY_MS, open_trainer, records
 
@@ -305,6 +307,22 @@ def test_where_its_own_head_has_too_few_examples_another_stands_in(
     assert not found["group_head_is_own"]
     assert found["group_head"].startswith("logistic, which stands in")
     assert math.isfinite(found["groups"][0]["loss"])
+
+
+def test_where_its_own_head_would_take_too_long_another_stands_in(recorded: Recorded) -> None:
+    # Given three groups, and room for four times 150 examples
+    examples = recorded.examples["worth"]
+    # When networks or trees would have to learn more
+    found = contributions(
+        recorded.again("worth"), Judge("regression"), recorded.questions.by_task["worth"].names,
+        examples.as_of_ms >= SPLIT_MS, SPLIT_MS, most=200, most_learned=600, generator=np.random.default_rng(0),
+    )  # fmt: skip
+    # Then a linear head does, and it is said
+    assert 150 < found.examples <= 200
+    assert not found.is_own
+    assert found.head == "linear, which stands in: the task's own head would take too long with over 150 examples"
+    assert found.groups[0].name == "spent"
+    assert found.groups[0].low > 0.1
 
 
 @pytest.mark.parametrize(

@@ -22,13 +22,13 @@ from trainer.report.again import Again
 from trainer.report.measures import ROUNDS, Judge
 from trainer.report.rows import BAYESIAN
 
-__all__ = ["Contributions", "Group", "contributions", "group_names"]
+__all__ = ["MOST_LEARNED", "Contributions", "Group", "contributions", "group_names"]
 
 Floats = NDArray[np.float64]
 Progress = Callable[[float, str], None]
 
 #: Examples that networks and trees learn in all for these figures; more would take the better part of an hour.
-_MOST_LEARNED = 400_000
+MOST_LEARNED = 400_000
 _REFITS = 8
 #: Networks and trees are published so often over the record's time.
 _PUBLISHED = 1_000
@@ -71,6 +71,7 @@ def contributions(
     split_ms: int,
     *,
     most: int,
+    most_learned: int = MOST_LEARNED,
     generator: np.random.Generator,
     progress: Progress = lambda share, text: None,
 ) -> Contributions:
@@ -81,6 +82,7 @@ def contributions(
     names: (F,) of the inputs.
     judged: (n,) on which examples.
     most: learned are the examples of so many clients drawn at random that there are no more.
+    most_learned: examples that networks and trees may learn in all; above, a Bayesian head stands in.
     generator: of that draw, and of intervals.
     """
     drawn = _of_some_clients(again.examples, most, generator)
@@ -92,7 +94,7 @@ def contributions(
     def all_inputs(share: float) -> None:
         progress(each * share, "all inputs")
 
-    for name, learner in _heads(part, len(groups) + 1):
+    for name, learner in _heads(part, most_learned // (len(groups) + 1)):
         head, is_own, learned = name, learner.settings.parts == again.settings.parts, _Learned(learner, split_ms)
         whole = learned.said(np.ones(len(group_of), np.bool_), all_inputs)
         there = judged[drawn] & np.isfinite(whole).all(axis=1)
@@ -120,15 +122,14 @@ def contributions(
     return Contributions(head, is_own, len(drawn), int(there.sum()), found)
 
 
-def _heads(again: Again, times: int) -> list[tuple[str, Again]]:
-    """What may learn, the best first, with how it is called."""
+def _heads(again: Again, most: int) -> list[tuple[str, Again]]:
+    """What may learn, the best first, with how it is called; networks and trees of at most so many examples."""
     settings = again.settings
     own = "the task's own head: " + " + ".join(settings.parts)
     if BAYESIAN.issuperset(settings.parts):
         return [(own, again)]
     name = "linear" if settings.kind == "regression" else "logistic"
     stands_in = replace(again, settings=msgspec.structs.replace(settings, head=name))
-    most = _MOST_LEARNED // times
     if len(again.examples) > most:
         return [
             (f"{name}, which stands in: the task's own head would take too long with over {most:,} examples", stands_in)

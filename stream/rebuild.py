@@ -11,9 +11,9 @@ import asyncio
 import logging
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -40,22 +40,26 @@ _FETCH_BYTES = 8 * 1024 * 1024
 _SWEEP_MS = 20.0
 _READ_TIMEOUT_S = 30.0
 
+_T = TypeVar("_T")
+
 
 class EventReader:
     """One partition of the events topic as blocks that follow each other, from an offset up to any later one.
 
-    A context manager that closes its consumer. It has an event loop of its own: call it from one thread at a time, and
-    from none that runs a loop.
+    A context manager that closes its consumer. It has an event loop on a thread of its own, so that the broker's next
+    answer comes while a block is applied: call it from one thread at a time, and from none that runs a loop.
     """
 
     def __init__(self, settings: Settings, number: int, start: int) -> None:
         self._tp = TopicPartition(settings.topics.events, number)
         self._position = start
         self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=f"events-{number}", daemon=True)
+        self._thread.start()
         try:
-            self._consumer, self._fetcher = self._loop.run_until_complete(self._start(settings, start))
+            self._consumer, self._fetcher = self._run(self._start(settings, start))
         except KafkaError as error:
-            self._loop.close()
+            self._stop()
             raise self._cannot(error) from error
 
     def __enter__(self) -> Self:
@@ -69,8 +73,8 @@ class EventReader:
     def close(self) -> None:
         """Close the consumer."""
         if not self._loop.is_closed():
-            self._loop.run_until_complete(self._consumer.stop())
-            self._loop.close()
+            self._run(self._consumer.stop())
+            self._stop()
 
     def block(self, stop: int) -> FetchedBlock | None:
         """The next block of records below `stop`; None where there are none left.
@@ -80,9 +84,17 @@ class EventReader:
         BrokerError: the topic cannot be read.
         """
         try:
-            return self._loop.run_until_complete(self._next(stop))
+            return self._run(self._next(stop))
         except KafkaError as error:
             raise self._cannot(error) from error
+
+    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     async def _start(self, settings: Settings, start: int) -> tuple[AIOKafkaConsumer, BlockFetcher]:
         consumer = AIOKafkaConsumer(

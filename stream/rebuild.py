@@ -58,9 +58,11 @@ class EventReader:
         self._thread.start()
         try:
             self._consumer, self._fetcher = self._run(self._start(settings, start))
-        except KafkaError as error:
+        except BaseException as error:
             self._stop()
-            raise self._cannot(error) from error
+            if isinstance(error, KafkaError):
+                raise self._cannot(error) from error
+            raise
 
     def __enter__(self) -> Self:
         return self

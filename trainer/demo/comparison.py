@@ -14,7 +14,7 @@ import numpy as np
 from confluent_kafka import Consumer, KafkaError, TopicPartition
 from numpy.typing import NDArray
 
-from stream.errors import BrokerError, DataError
+from stream.errors import BrokerError
 from stream.kafka import client_config
 from stream.model.heads import Questions
 from stream.model.layout import Layout
@@ -140,8 +140,6 @@ def _frozen(settings: Settings, journey: Journey, record: Path) -> Floats:
     """float64[sends]: what the head of mid-year says of every answered send from then on; NaN for the others."""
     examples = read_record(record)[TASK]
     question = Questions(Layout.compile(settings, Schema.compile(settings))).by_task[TASK]
-    if not len(examples.center):
-        raise DataError(f"record {str(record)!r} has too few examples for a head")
     predictions = Again.of(settings, question, examples).frozen_at(MIDYEAR_MS)[:, 0].tolist()
     moments = zip(examples.client_id, examples.as_of_ms.tolist(), strict=True)
     later = {who: said for who, said in zip(moments, predictions, strict=True) if who[1] >= MIDYEAR_MS}

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from stream.errors import DataError
 from stream.model.heads import Head, TaskQuestion
 from stream.model.parameters import ParameterSet, Tensor
 from stream.settings import Settings, Task
@@ -53,7 +54,17 @@ class Again:
 
     @classmethod
     def of(cls, settings: Settings, question: TaskQuestion, examples: AnsweredExamples) -> Again:
-        """The task as the settings have it, without `tables`."""
+        """The task as the settings have it, without `tables`.
+
+        Raises
+        ------
+        DataError: there was no head, as the standardiser was never fixed.
+        """
+        if not len(examples.center):
+            raise DataError(
+                f"task {question.task!r}: the record has no standardiser: fewer examples were seen than "
+                f"tasks.{question.task}.standardise_after says"
+            )
         own = msgspec.structs.replace(question.settings, tables=[])
         return cls(question.task, own, question.is_state, settings.model.seed, examples)
 

@@ -232,11 +232,6 @@ def _check(task: str, examples: AnsweredExamples, settings: Task, names: tuple[s
             f"task {task!r}: the record has {examples.inputs.shape[1]} inputs, the settings describe {len(names)}: "
             f"{advice}"
         )
-    if not len(examples.center):
-        raise DataError(
-            f"task {task!r}: the record has no standardiser: fewer examples were seen than "
-            f"tasks.{task}.standardise_after says"
-        )
 
 
 def _check_sides(

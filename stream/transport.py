@@ -53,6 +53,8 @@ _MOST_RECORDS = 65_536
 _GATHER_MS, _WORTH_BYTES = 20, 128 * 1024
 #: Otherwise it answers as soon as there is a record; aiokafka's own default.
 _WAIT_MS = 500
+#: While fetched records wait here, partitions without any are asked at most so often, and the broker answers at once.
+_GLANCE_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,8 @@ class BlockFetcher(Fetcher):
     _moving: threading.Lock
     #: When records were given out last.
     _given_at: float
+    #: When some partitions were asked for while records of others waited here.
+    _glanced_at: float
 
     @classmethod
     def take_over(cls, consumer: Any) -> BlockFetcher:
@@ -150,7 +154,7 @@ class BlockFetcher(Fetcher):
         fetcher.__class__ = cls
         fetcher._ends = {}
         fetcher._moving = threading.Lock()
-        fetcher._given_at = -math.inf
+        fetcher._given_at = fetcher._glanced_at = -math.inf
         return fetcher
 
     def _get_actions_per_node(self, assignment: Any) -> Any:
@@ -158,10 +162,26 @@ class BlockFetcher(Fetcher):
 
         At a steady rate each fetch, block and answer has its fixed cost, for the broker as for the worker; so there is
         a bound to how many there are, and the partitions of a broker come together. After a pause nothing waits.
+
+        A broker has one fetch at a time. Were it to wait there for a partition that is at its end, another one, whose
+        records are used up meanwhile, would stand still with more of them on the broker: what is asked for beside
+        records that wait here is therefore answered at once.
         """
-        is_steady = self._loop.time() - self._given_at < _GATHER_MS / 1000.0
-        self._fetch_max_wait_ms, self._fetch_min_bytes = (_GATHER_MS, _WORTH_BYTES) if is_steady else (_WAIT_MS, 1)
-        return super()._get_actions_per_node(assignment)
+        now = self._loop.time()
+        if self._records:
+            self._fetch_max_wait_ms, self._fetch_min_bytes = 0, 1
+        elif now - self._given_at < _GATHER_MS / 1000.0:
+            self._fetch_max_wait_ms, self._fetch_min_bytes = _GATHER_MS, _WORTH_BYTES
+        else:
+            self._fetch_max_wait_ms, self._fetch_min_bytes = _WAIT_MS, 1
+        requests, resets, timeout, *others = super()._get_actions_per_node(assignment)
+        if requests and self._records:
+            wait = self._glanced_at + _GLANCE_S - now
+            if wait > 0:
+                requests, timeout = [], min(timeout, wait)
+            else:
+                self._glanced_at = now
+        return requests, resets, timeout, *others
 
     def seek_to(self, tp: Any, offset: int) -> None:
         """Read on from `offset`."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.protocol.fetch import FetchRequest
 from confluent_kafka import Producer
 from confluent_kafka import TopicPartition as ClientPartition
 from confluent_kafka.admin import AdminClient, NewTopic
@@ -166,6 +167,42 @@ def publish_steadily(topic: Topic, stop: threading.Event) -> None:
             producer.produce(topic.name, b"value", b"key", tp.partition)
         producer.poll(0.001)
     assert producer.flush(30) == 0
+
+
+def test_a_partition_at_its_end_does_not_hold_up_one_with_more(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a partition with records and one without
+    topic = Topic(broker, 2)
+    full, empty = topic.partitions
+    topic.publish([b"%d" % i for i in range(4 * MOST)], full.partition)
+    asked: list[tuple[float, set[int], int]] = []
+
+    async def main() -> None:
+        async with topic.fetching() as (_, fetcher):
+            send = fetcher._client.send
+
+            async def noting(node: int, request: Any, **options: Any) -> Any:
+                if isinstance(request, FetchRequest):
+                    partitions = {partition for _, parts in request.topics for partition, *_ in parts}
+                    asked.append((time.monotonic(), partitions, request._max_wait_ms))
+                return await send(node, request, **options)
+
+            monkeypatch.setattr(fetcher._client, "send", noting)
+            # When the other one is asked for while fetched records wait here
+            found = (await fetcher.fetched_blocks(None, 30.0, MOST))[full].end
+            while [partitions for _, partitions, _ in asked].count({empty.partition}) < 4:
+                await asyncio.sleep(0.005)
+            glances = [(at, wait_ms) for at, partitions, wait_ms in asked if partitions == {empty.partition}]
+            # Then the broker is to answer at once, and is not asked again and again
+            assert all(wait_ms == 0 for _, wait_ms in glances)
+            assert glances[3][0] - glances[0][0] >= 3 * 0.018
+            # And once all are given out, both are waited for
+            while found < 4 * MOST:
+                found = (await fetcher.fetched_blocks(None, 30.0, MOST))[full].end
+            while asked[-1][1] != {full.partition, empty.partition}:
+                await asyncio.sleep(0.005)
+            assert asked[-1][2] > 0
+
+    run(main)
 
 
 def test_records_that_are_gone_are_a_hole_after_the_start(apache_broker: Broker) -> None:

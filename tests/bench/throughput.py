@@ -37,7 +37,8 @@ __all__ = ["main", "measure"]
 
 _EVENTS = "livestate_events_applied_total"
 _CHECKPOINTS = "livestate_checkpoints_total"
-_POLL_S = 0.1
+#: Each look costs the worker a millisecond.
+_POLL_S = 0.5
 #: Of the parts; at least as many as there are runs to measure them between.
 _ROUNDS = 5
 
@@ -88,6 +89,7 @@ def measure(site: Site, events: int, workers: int, seconds: float, cores: list[i
         if cores is not None:
             for pid in pids:
                 on_cores(pid, cores)
+        site.leave_to_workers(cores)
         first = last = None
         rounds = 0
         while last is None or (first is not None and last.at - first.at < seconds):
@@ -145,6 +147,7 @@ def _stock(site: Site, options: argparse.Namespace, cores: list[int] | None) -> 
     with log.open("wb") as errors:
         process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors)
         try:
+            site.leave_to_workers(cores)
             if cores is not None:
                 # Before it has threads: those it makes later inherit it.
                 os.sched_setaffinity(process.pid, cores)

@@ -97,6 +97,13 @@ class Site:
         both = self.overrides | overrides
         return Site(self.broker, self.directory / prefix, self.text, self.hidden, both, topics)
 
+    def leave_to_workers(self, cores: Sequence[int] | None) -> None:
+        """Keep the broker off these cores where it has others; None: off none."""
+        allowed = os.sched_getaffinity(0)
+        others = allowed.difference(cores or ())
+        if self.broker.pid is not None:
+            on_cores(self.broker.pid, sorted(others or allowed))
+
     def publish_parameters(self) -> None:
         """Version 1, before the first worker starts."""
         publish_version(self.settings, self.parameters, 1)

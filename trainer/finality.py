@@ -7,9 +7,11 @@ most positives have come (`trainer.delays`). At that age its label is learned if
 prediction is learned as negative; so positives and negatives of one age become final together. A positive that comes
 after that is learned as well, at once.
 
-Both happen in the order of these times, windows first, then of when labels became known, each at the event whose time
-passes it, however events are cut into batches. Guaranteed: the same order for the same records in the same order, over
-restarts too. Not guaranteed: progress in a partition whose events stop; its time stands still.
+Both happen in the order of these times, windows first, each at the event whose time passes it, however events are cut
+into batches; at one time in the order of task, prediction and client, never of labels or of when they became known: a
+head that is taught all positives of a campaign before its negatives learns another thing. Guaranteed: the same order
+for the same records in the same order, over restarts too. Not guaranteed: progress in a partition whose events stop;
+its time stands still.
 """
 
 from __future__ import annotations
@@ -73,9 +75,9 @@ class Finality:
         self._kept = kept
         self._delays = dict(delays)
         self._waits = frozenset(closed) | frozenset(self._delays)
-        #: Of each partition, (end of the window, when known, key) of held labels, and of positives that were learned
-        #: before, least first.
-        self._windows: dict[int, list[tuple[int, int, bytes]]] = {}
+        #: Of each partition, (end of the window, key) of held labels, and of positives that were learned before, least
+        #: first.
+        self._windows: dict[int, list[tuple[int, bytes]]] = {}
         self._ages: dict[tuple[int, str, int], Ages] = {}
         #: What `_next` found last, until something changes.
         self._found: dict[int, _Due | None] = {}
@@ -87,12 +89,12 @@ class Finality:
         for full, value in kept.database.scan(_HELD):
             key = full[1:]
             if value[:1] == _LEARNED:
-                end_ms, known_ms, _ = msgpack.unpackb(value[1:])
+                end_ms = msgpack.unpackb(value[1:])[0]
             else:
                 joined = unpack_joined(key, value[1:])
-                end_ms, known_ms = joined.final_ms, joined.known_ms
+                end_ms = joined.final_ms
                 self.held += 1
-            self._hold(end_ms, known_ms, key)
+            self._hold(end_ms, key)
         for task, one in self._delays.items():
             saved = kept.database.get(_DELAYS + task.encode())
             if saved is not None:
@@ -126,7 +128,7 @@ class Finality:
         if delays is not None:
             self._mark(key, answer.label, example.stratum)
         self._kept.put(_HELD + key, _HELD_LABEL + pack_joined(replace(joined, final_ms=closed_ms)))
-        self._hold(closed_ms, answer.known_ms, key)
+        self._hold(closed_ms, key)
         self.held += 1
         return None
 
@@ -191,7 +193,7 @@ class Finality:
             self._count_delay(example.task, example.stratum, joined.known_ms - example.as_of_ms)
         else:
             self._kept.put(_HELD + key, _LEARNED + msgpack.packb([end_ms, joined.known_ms, example.stratum]))
-            self._hold(end_ms, joined.known_ms, key)
+            self._hold(end_ms, key)
         return joined
 
     def _next(self, partition: int) -> _Due | None:
@@ -214,7 +216,7 @@ class Finality:
 
     def _close(self, partition: int) -> Joined | None:
         """The first window of the partition has closed; its label, if that was held until now."""
-        _, _, key = heapq.heappop(self._windows[partition])
+        _, key = heapq.heappop(self._windows[partition])
         value = self._kept.get(_HELD + key)
         if value is None:
             return None
@@ -283,9 +285,9 @@ class Finality:
         self._found.clear()
         self.is_unsettled = True
 
-    def _hold(self, end_ms: int, known_ms: int, key: bytes) -> None:
+    def _hold(self, end_ms: int, key: bytes) -> None:
         partition = partition_of(key)
-        heapq.heappush(self._windows.setdefault(partition, []), (end_ms, known_ms, key))
+        heapq.heappush(self._windows.setdefault(partition, []), (end_ms, key))
         self._found.pop(partition, None)
 
     def _mark(self, key: bytes, label: Label, stratum: int | None = None) -> None:

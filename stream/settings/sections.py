@@ -309,9 +309,10 @@ class Task(_Section, frozen=True):
     #: multiclass: the names of the classes; each one's probability is served as `TASK.CLASS`.
     classes: list[Annotated[str, Meta(min_length=1, max_length=64)]] = []
     #: What predicts; of several, the average (of log-odds, or of values). `logistic`: Bayesian, one exact update for
-    #: each label, for up to thousands of them (of several classes, each against the others); `linear`: the same for a
-    #: regression; `mlp`: a small ensemble of networks with replay and averaged weights, for many labels; `gbdt`:
-    #: LightGBM, refitted on schedule. By default `logistic`, and `linear` for a regression.
+    #: all labels that are final at one moment, for up to thousands of them (of several classes, each against the
+    #: others); `linear`: the same for a regression; `mlp`: a small ensemble of networks with replay and averaged
+    #: weights, for many labels; `gbdt`: LightGBM, refitted on schedule. By default `logistic`, and `linear` for a
+    #: regression.
     head: HeadName | Annotated[list[HeadName], Meta(min_length=1)] | None = None
     #: When a label is learned, since positives known early are a biased sample: once its feedback's window has
     #: `closed`; once it is `final`, which is then or when the prediction is so old that more than `final_share` of the

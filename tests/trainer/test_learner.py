@@ -164,8 +164,8 @@ def test_labels_before_the_standardiser_are_learned_in_order_when_it_is_fixed() 
     waiting = learner()
     for row in x[:3]:
         waiting.observe(row)
-    waiting.learn(x[0], True, 1.0, math.nan, 10)
-    waiting.learn(x[1], False, 1.0, math.nan, 11)
+    waiting.learn(x[0], True, 1.0, math.nan, 10, final_ms=1)
+    waiting.learn(x[1], False, 1.0, math.nan, 11, final_ms=2)
     assert (waiting.learned, waiting.queued, waiting.head(), waiting.included) == (0, 2, {}, [])
     # When the fourth is seen
     assert waiting.observe(x[3])

@@ -52,30 +52,36 @@ def joint_update(
 def _update(
     mean: Floats, covariance: Floats, x: Floats, label: Floats, weight: Floats, offset: Floats
 ) -> tuple[Floats, Floats] | None:
-    many = len(x) > len(mean)
+    lift = x if len(x) > len(mean) else None
     with np.errstate(over="ignore", invalid="ignore"):
         # S U', (d, k).
-        reach = covariance if many else covariance @ x.T
-        inner = covariance if many else x @ reach
-        lift = x @ inner if many else inner
-        start = x @ mean + offset
-        found = _mode(inner, lift, x if many else None, start, label, weight)
+        reach = covariance if lift is not None else covariance @ x.T
+        inner = covariance if lift is not None else x @ reach
+        found = _mode(inner, lift, x @ mean + offset, label, weight)
         if found is None:
             return None
         c, curvature = found
-        bend = curvature[:, None] * (x if many else np.eye(len(x)))
-        bend = x.T @ bend if many else bend
-        shrunk = covariance - reach @ np.linalg.solve(np.eye(len(inner)) + bend @ inner, bend @ reach.T)
+        matrix = np.eye(len(inner)) + _bend(lift, curvature, inner)
+        shrunk = covariance - reach @ np.linalg.solve(matrix, _bend(lift, curvature, reach.T))
         shrunk = 0.5 * (shrunk + shrunk.T)
         moved = mean + reach @ c
     finite = bool(np.isfinite(moved).all() and np.isfinite(shrunk).all() and (np.diagonal(shrunk) >= 0.0).all())
     return (moved, shrunk) if finite else None
 
 
+def _bend(lift: Floats | None, curvature: Floats, what: Floats) -> Floats:
+    """E' v E times what is (k, m)."""
+    if lift is None:
+        return curvature[:, None] * what
+    # A product with its own transpose takes half the time of another.
+    root = np.sqrt(curvature)[:, None] * lift
+    return np.asarray((root.T @ root) @ what)
+
+
 def _mode(
-    inner: Floats, lift: Floats, x: Floats | None, start: Floats, label: Floats, weight: Floats
+    inner: Floats, lift: Floats | None, start: Floats, label: Floats, weight: Floats
 ) -> tuple[Floats, Floats] | None:
-    """c (k,) and the curvatures (n,) at the mode, with `inner` Q, `lift` E Q and `x` E, None for the identity."""
+    """c (k,) and the curvatures (n,) at the mode, with `inner` Q and `lift` E, None for the identity."""
     c = np.zeros(len(inner))
     z = start.copy()
     loss = _loss(z, label, weight)
@@ -84,12 +90,12 @@ def _mode(
         chance = sigmoid(z)
         curvature = weight * chance * (1.0 - chance)
         pull = curvature * (z - start) + weight * (label - chance)
-        bent = curvature[:, None] * lift
-        matrix, right = (one + bent, pull) if x is None else (one + x.T @ bent, x.T @ pull)
+        matrix = one + _bend(lift, curvature, inner)
+        right = pull if lift is None else lift.T @ pull
         if not (np.isfinite(matrix).all() and np.isfinite(right).all()):
             return None
         step = np.linalg.solve(matrix, right) - c
-        move = lift @ step
+        move = inner @ step if lift is None else lift @ (inner @ step)
         if float(np.abs(move).max()) <= _SMALL:
             chance = sigmoid(z + move)
             return c + step, weight * chance * (1.0 - chance)

@@ -167,18 +167,22 @@ class Partition:
         expire: bool,
     ) -> None:
         is_whole = len(accepted) == columns.n
-        with self.store.update(columns.keys if is_whole else columns.keys.take(accepted)) as found:
+        keys = columns.keys if is_whole else columns.keys.take(accepted)
+        # Of several parts, the first ones' states are written before the last one's events are applied.
+        written_last = served.engine.layout.hidden if self.store.longest_ttl_ms is None else 0
+        with self.store.update(keys, written_last=written_last) as found:
             slots = found
             if not is_whole:
                 slots = np.full(columns.n, -1, np.int64)
                 slots[accepted] = found
             for part in self._parts(columns, slots, accepted) if expire else (slots,):
                 self._prolong(columns, part)
-                advanced = served.engine.advance(columns, part, self.store)
+                advanced = served.engine.prepare(columns, part, self.store)
                 if not done.silently:
                     done.publish(*self._publish(columns, part, advanced, served))
                 done.events += advanced.events
                 done.waves += advanced.waves
+                served.engine.settle(advanced, self.store)
         done.given += len(accepted)
 
     def embeddings(self, keys: PackedKeys, found: Lookup, served: Served) -> PackedValues:
@@ -250,10 +254,14 @@ class Partition:
         advanced: Advanced,
         served: Served,
     ) -> tuple[PackedKeys, PackedValues]:
-        """One embedding for each client of the batch as it is now, and one for each prediction on the way."""
+        """One embedding for each client of the batch as it is after it, and one for each prediction on the way.
+
+        Rows have their hidden states of before still.
+        """
         store, triggers = self.store, advanced.triggers
+        width = served.engine.layout.hidden
         predictions = served.questions.predict(served.heads, columns, triggers)
-        final_slots, final_event = advanced.slots, advanced.last_event
+        final_slots, final_event, final_hidden = advanced.slots, advanced.last_event, advanced.hidden()
         if advanced.events < np.count_nonzero(slots >= 0):
             given = np.flatnonzero(slots >= 0)
             # Clients whose events were all replayed are published again, as they are.
@@ -261,6 +269,7 @@ class Partition:
             again = ~np.isin(slot, advanced.slots) & (store.events_seen[slot] > 0)
             final_slots = np.concatenate([final_slots, slot[again]])
             final_event = np.concatenate([final_event, given[first[again]]])
+            final_hidden = np.concatenate([final_hidden, store.vectors[slot[again], :width]])
         # A prediction at a client's last event of the batch goes out with its final embedding.
         final_predictions = np.full((len(final_slots), predictions.shape[1]), np.nan, np.float32)
         passing = triggers.event[:0]
@@ -271,12 +280,11 @@ class Partition:
             final_predictions[row[row >= 0]] = predictions[row >= 0]
             passing = np.flatnonzero(row < 0)
         passed = triggers.event[passing]
-        layout = served.engine.layout
-        hidden = _joined(triggers.hidden[passing], store.vectors[final_slots, : layout.hidden])
+        hidden = _joined(triggers.hidden[passing], final_hidden)
         vectors = hidden
         now_ms = _joined(columns.timestamp_ms[passed], store.last_event_ms[final_slots])
-        if layout.settings.model.vector == "features":
-            memory = _joined(triggers.memory[passing], store.vectors[final_slots, layout.hidden :])
+        if served.engine.layout.settings.model.vector == "features":
+            memory = _joined(triggers.memory[passing], store.vectors[final_slots, width:])
             vectors = served.questions.readout.features(hidden, memory, now_ms)
         keys = columns.keys.take(_joined(passed, final_event))
         records = self._encoder.encode(

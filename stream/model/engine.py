@@ -55,7 +55,8 @@ class Triggers:
 @dataclass(frozen=True)
 class Advanced:
     """What a batch did: `slots` (u,) of the rows that changed, `last_event` (u,) the index of the last event of
-    each, `events` applied, `waves` run, the triggers, and the batch as it was encoded."""
+    each, `events` applied, `waves` run, the triggers, the batch as it was encoded, and `states` (events, H) after each
+    of its events, in wave order."""
 
     slots: NDArray[np.int64]
     last_event: NDArray[np.int64]
@@ -63,6 +64,11 @@ class Advanced:
     waves: int
     triggers: Triggers
     encoded: Encoded
+    states: NDArray[np.float32]
+
+    def hidden(self) -> NDArray[np.float32]:
+        """(u, H) states of the rows after the batch."""
+        return self.states[self.encoded.last]
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,13 @@ class Engine:
         self._encoder = EventEncoder(layout, self._values, self._scale)
 
     def advance(self, columns: EventColumns, slots: NDArray[np.int64], rows: Rows) -> Advanced:
-        """Apply the accepted events of a batch, in offset order, to their rows.
+        """Apply the accepted events of a batch, in offset order, to their rows."""
+        advanced = self.prepare(columns, slots, rows)
+        self.settle(advanced, rows)
+        return advanced
+
+    def prepare(self, columns: EventColumns, slots: NDArray[np.int64], rows: Rows) -> Advanced:
+        """As `advance`, but for the hidden states of the rows, which `settle` writes.
 
         Parameters
         ----------
@@ -139,12 +151,11 @@ class Engine:
         if events == 0:
             nothing = np.empty(0, np.int64)
             empty = Triggers(nothing, nothing, np.empty((0, layout.hidden), np.float32), encoded.trigger_memory)
-            return Advanced(nothing, nothing, 0, 0, empty, encoded)
+            return Advanced(nothing, nothing, 0, 0, empty, encoded, empty.hidden)
         event_at = np.empty(events, np.int64)
         states = self._run(
             encoded.position, encoded.dense, encoded.codes, encoded.starts, rows.vectors, encoded.slots, event_at
         )
-        kernels.scatter_hidden(states, encoded.last, encoded.slots, layout.hidden, rows.vectors)
         hidden = states[encoded.position[encoded.trigger_event]]
         return Advanced(
             slots=encoded.slots,
@@ -153,7 +164,12 @@ class Engine:
             waves=len(encoded.starts) - 1,
             triggers=Triggers(encoded.trigger_event, encoded.trigger_seen, hidden, encoded.trigger_memory),
             encoded=encoded,
+            states=states,
         )
+
+    def settle(self, advanced: Advanced, rows: Rows) -> None:
+        """Write the hidden states of what was prepared last; nothing in it can fail."""
+        kernels.scatter_hidden(advanced.states, advanced.encoded.last, advanced.slots, self.layout.hidden, rows.vectors)
 
     def step(
         self,

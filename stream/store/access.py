@@ -71,8 +71,9 @@ class Stats(NamedTuple):
 class Update:
     """The context of EmbeddingStore.update()."""
 
-    def __init__(self, core: Core, cap: Cap, keys: PackedKeys, now_ms: int | None) -> None:
+    def __init__(self, core: Core, cap: Cap, keys: PackedKeys, now_ms: int | None, written_last: int) -> None:
         self._core = core
+        self._written_last = written_last
         self._cap = cap
         self._keys = keys
         self._now_ms = now_ms
@@ -88,7 +89,8 @@ class Update:
             core.updating = True
             self._accounts = core.table.account(self._slots)
             # -1 gives some row, which is never put back.
-            self._rows = core.table.rows.take(self._slots, axis=0, mode="clip")
+            rows, begin = core.table.rows, self._written_last
+            self._rows = rows[self._slots, begin:] if begin else rows.take(self._slots, axis=0, mode="clip")
         except BaseException:
             core.lock.release()
             raise
@@ -116,7 +118,7 @@ class Update:
         core, slots = self._core, self._slots
         known = slots >= 0
         core.table.set_account(slots[known], self._accounts[known])
-        core.table.rows[slots[known]] = self._rows[known]
+        core.table.rows[slots[known], self._written_last :] = self._rows[known]
         # A row that entry itself made, or started anew, ends again: nothing of it was visible before.
         begun = np.unique(slots[known & (self._accounts[:, 0] == 0) & (self._accounts[:, 1] == 0)])
         waiting = np.array(list(core.undo_waiting), np.int64)

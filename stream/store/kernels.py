@@ -17,6 +17,7 @@ from stream.store.layout import AGED, DEAD, LENGTH_BITS, PINNED, RECENT, UNSAVED
 from stream.store.lives import aged_of, lag_of, prolonged, with_lag
 
 __all__ = [
+    "accounts",
     "aged",
     "clean",
     "clear_bits",
@@ -28,6 +29,7 @@ __all__ = [
     "next_set",
     "renew",
     "scatter",
+    "take_bytes",
     "zero_rows",
 ]
 
@@ -54,6 +56,31 @@ def mark(records: Any, counters: Any, dirty: Any, slots: Any) -> None:
                 counters[UNSAVED_ROWS] += 1
             records[slot, 5] = word | bits
             dirty[slot >> 6] |= _ONE << np.uint64(slot & 63)
+
+
+@njit(cache=True, nogil=True)
+def accounts(records: Any, slots: Any, mask: Any, out: Any) -> None:
+    """Write events_seen, last_event_ms, applied_offset and lag of each slot into out (int64[n, 4]).
+
+    A slot of -1 gives those of some row. mask: of lags; 0 gives lags of 0.
+    """
+    n = slots.shape[0]
+    for i in range(n):
+        if i + _AHEAD < n:
+            prefetch(records, slots[i + _AHEAD] * records.shape[1] + 2)
+        slot = slots[i]
+        for k in range(3):
+            out[i, k] = np.int64(records[slot, 2 + k])
+        out[i, 3] = lag_of(records[slot, 5], mask) if mask != _ZERO else 0
+
+
+@njit(cache=True, nogil=True)
+def take_bytes(buffer: Any, starts: Any, offsets: Any, out: Any) -> None:
+    """Write the bytes of buffer from each of starts (int64[n]) on to where offsets (int64[n + 1]) say, end to end."""
+    for i in range(starts.shape[0]):
+        shift = starts[i] - offsets[i]
+        for at in range(offsets[i], offsets[i + 1]):
+            out[at] = buffer[at + shift]
 
 
 @njit(cache=True, nogil=True)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream.errors import StoreError
+from stream.store import kernels
 
 __all__ = ["MAX_KEY_BYTES", "PackedKeys"]
 
@@ -92,12 +93,14 @@ class PackedKeys:
         """The keys at `indices` (int64[m]), in that order."""
         index = np.asarray(indices, np.int64)
         starts = self.offsets[index]
-        lengths = self.offsets[index + 1] - starts
         offsets = np.zeros(index.shape[0] + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        positions = np.arange(int(offsets[-1]), dtype=np.int64)
-        positions += np.repeat(starts - offsets[:-1], lengths)
-        return self.checked(self.buffer[positions], offsets)
+        np.cumsum(self.offsets[index + 1] - starts, out=offsets[1:])
+        buffer = np.empty(int(offsets[-1]), np.uint8)
+        source = self.buffer.view()
+        # One compiled kernel serves every caller.
+        source.flags.writeable = False
+        kernels.take_bytes(source, starts, offsets, buffer)
+        return self.checked(buffer, offsets)
 
     @classmethod
     def checked(cls, buffer: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]) -> PackedKeys:

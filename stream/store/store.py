@@ -295,7 +295,7 @@ class EmbeddingStore:
 
     # -- changing ------------------------------------------------------------------------------------------
 
-    def update(self, keys: Keys, now_ms: int | None = None) -> Update:
+    def update(self, keys: Keys, now_ms: int | None = None, *, written_last: int = 0) -> Update:
         """A context in which the rows of keys may be changed in place: `with store.update(keys) as slots`.
 
         slots: int64[n]; duplicates share one, -1 where a key is not admitted yet. A key without a row has a new
@@ -303,8 +303,11 @@ class EmbeddingStore:
         applied_offset -1); an expired or deleted row starts anew but keeps its applied_offset. now_ms: event time
         to advance the watermark to first. Leaving makes the rows dirty; leaving with an exception puts every row
         back as it was. Not to be nested; other threads wait meanwhile.
+
+        written_last: so many floats of each row, the first ones, are not kept for that: the caller writes them when
+        nothing can fail any more, and calls nothing that does. A copy of every row costs as much as writing it.
         """
-        return Update(self._core, self._cap, _packed(keys), now_ms)
+        return Update(self._core, self._cap, _packed(keys), now_ms, written_last)
 
     def reset_expired(self, slots: Int64, watermarks_ms: Int64) -> Bool:
         """Inside update(): start anew the rows that are expired against their own watermark, int64[n].

@@ -240,8 +240,9 @@ class Table:
     def account(self, slots: Int64) -> Int64:
         """All of the rows at slots but their floats, int64[n, 4]: `meta`, and how long they live after it."""
         out = np.empty((slots.shape[0], 4), np.int64)
-        out[:, :3] = self.meta[slots]
-        out[:, 3] = self.lives.life_ms(self.lives.read(self.records, slots))
+        kernels.accounts(self.records, slots, self.lives.mask, out)
+        if self.lives.several:
+            out[:, 3] = self.lives.life_ms(out[:, 3])
         return out
 
     def set_account(self, slots: Int64, account: Int64) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from stream.partition import Applied, Partition, Served
 from stream.store import EmbeddingStore, StoreOptions
 from stream.transport import FetchedBlock
 from stream.wire import EmbeddingEncoder, EventDecoder, RecordBlock, Schema, decode_embedding, encode_event
+from stream.wire.values import PackedValues
 from tests.support.settings import small_settings
 from tests.support.trunk import random_head, random_trunk
 
@@ -28,6 +30,7 @@ PARAMETERS = random_trunk(LAYOUT).updated(random_head("accepted", QUESTIONS.task
 SERVED = Served(Engine(LAYOUT, PARAMETERS), QUESTIONS, QUESTIONS.heads(PARAMETERS), 7)
 START_MS = 1_600_000_000_000
 TTL_MS = 60_000
+AT_MS = np.full(9, 10**13)
 
 Drawn = list[tuple[int, int, bool]]
 Ttls = tuple[int | None, ...]
@@ -190,6 +193,47 @@ def test_a_block_that_does_not_follow_is_recognised() -> None:
     assert partition.follows(FetchedBlock(0, 0, block))
     partition.apply(FetchedBlock(0, 0, block), SERVED)
     assert partition.position == 8
+
+
+class _FailingEncoder(EmbeddingEncoder):
+    """Encodes so many batches and no more."""
+
+    left = 0
+
+    def encode(self, *arguments: Any) -> PackedValues:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("no more")
+        return super().encode(*arguments)
+
+
+@pytest.mark.parametrize(("ttl_ms", "threshold", "encoded"), [(None, 1, 0), (TTL_MS, 1, 1), (None, 2, 0)])
+def test_a_block_that_fails_leaves_every_row_as_it_was(ttl_ms: int | None, threshold: int, encoded: int) -> None:
+    # Given rows, and a block with more events of each client, the last ones after their rows have expired
+    keys, values = _records([(i % 3, 1_000 + (2 * TTL_MS if i == 14 else 0), i % 5 == 0) for i in range(18)])
+    whole, _ = _run(keys, values, [0, 9, 18], ttl_ms, threshold)
+    partition = _partition(ttl_ms, threshold)
+    blocks = [
+        FetchedBlock(0, begin, RecordBlock.from_lists(keys[begin:end], values[begin:end], np.arange(begin, end), AT_MS))
+        for begin, end in ((0, 9), (9, 18))
+    ]
+    partition.apply(blocks[0], SERVED)
+    before = partition.store.lookup(sorted(set(keys)))
+    # When it cannot be published
+    failing = _FailingEncoder(LAYOUT.hidden, ["accepted"])
+    failing.left = encoded
+    decoder = EventDecoder(SCHEMA, SETTINGS.limits, "msgpack")
+    with pytest.raises(ValueError, match="no more"):
+        Partition(0, partition.store, 9, decoder, failing).apply(blocks[1], SERVED)
+    # Then nothing of it is in the rows
+    after = partition.store.lookup(sorted(set(keys)))
+    assert all(np.array_equal(one, other) for one, other in zip(before, after, strict=True))
+    # And it can be applied again
+    partition.apply(blocks[1], SERVED)
+    found = partition.store.lookup(sorted(set(keys)))
+    assert {key: found.vectors[i].tobytes() for i, key in enumerate(sorted(set(keys)))} == {
+        key: row[0] for key, row in whole.items()
+    }
 
 
 def _published(applied: Applied) -> dict[str, tuple[int, bytes]]:

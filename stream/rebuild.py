@@ -34,8 +34,8 @@ __all__ = ["EventReader", "Rebuild"]
 
 logger = logging.getLogger(__name__)
 
-#: Larger than a worker's blocks: nobody waits for one of them, and each has its fixed costs.
-_BLOCK_RECORDS = 16_384
+#: Those of a worker that is behind: each has its fixed costs.
+_BLOCK_RECORDS = 32_768
 _FETCH_BYTES = 8 * 1024 * 1024
 _SWEEP_MS = 20.0
 _READ_TIMEOUT_S = 30.0

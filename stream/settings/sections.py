@@ -397,7 +397,7 @@ class Worker(_Section, frozen=True):
     #: Time between checkpoints; a restart replays at most so much.
     checkpoint_interval_s: Seconds = 10.0
     #: Most records of a partition processed at once.
-    batch_records: Annotated[int, Meta(ge=1, le=65_536)] = 16_384
+    batch_records: Annotated[int, Meta(ge=1, le=65_536)] = 32_768
     #: Address that HTTP listens on.
     http_host: str = "127.0.0.1"
     #: Its port; 0 takes any free one.

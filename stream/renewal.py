@@ -73,20 +73,27 @@ class Renewal:
         return rebuild.finish(rebuild.log_end)
 
     async def run(self) -> None:
-        """Rebuild what is outdated, for ever."""
+        """Rebuild what is outdated, for ever, one partition right after the other."""
         while True:
-            await asyncio.sleep(_POLL_S)
-            outdated, serving = self._versions.outdated(), self._versions.serving
-            self._metrics.rebuilding.set(len(outdated))
-            if not outdated or serving is None:
-                continue
-            number, owned = outdated[0]
-            try:
-                if await self._renew(number, owned, serving):
-                    logger.info("partition %d goes on under trunk %s", number, serving.latest.engine.trunk_id)
-                    self._versions.note()
-            except BrokerError as error:
-                logger.warning("the rebuild of partition %d is tried again: %s", number, error)
+            if not await self._renew_one():
+                await asyncio.sleep(_POLL_S)
+
+    async def _renew_one(self) -> bool:
+        """Whether a partition was rebuilt, so that the next one need not wait."""
+        outdated, serving = self._versions.outdated(), self._versions.serving
+        self._metrics.rebuilding.set(len(outdated))
+        if not outdated or serving is None:
+            return False
+        number, owned = outdated[0]
+        try:
+            if not await self._renew(number, owned, serving):
+                return False
+        except BrokerError as error:
+            logger.warning("the rebuild of partition %d is tried again: %s", number, error)
+            return False
+        logger.info("partition %d goes on under trunk %s", number, serving.latest.engine.trunk_id)
+        self._versions.note()
+        return True
 
     async def _renew(self, number: int, owned: OwnedPartition, serving: Serving) -> bool:
         loop = asyncio.get_running_loop()

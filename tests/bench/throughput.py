@@ -210,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clients", type=int, default=100_000)
     parser.add_argument("--zipf", action="store_true", help="clients by Zipf(1.2): a fifth of events from one")
     parser.add_argument("--workers", type=int, default=1, help="also run this many in one group: scaling_N")
-    parser.add_argument("--events", type=int, help="how many to fill in; by default 350,000 for each second needed")
+    parser.add_argument("--events", type=int, help="how many to fill in; by default 500,000 for each second needed")
     parser.add_argument("--checkpoint-interval", type=float, help="default 10 s; in short runs a third of --seconds")
     parser.add_argument("--partitions", type=int, default=4)
     parser.add_argument("--stock-seconds", type=float, help="default: 10, at most --seconds; 0 leaves it out")
@@ -229,7 +229,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         options.stock_seconds = min(10.0, options.seconds)
     # The window begins with the end of the first round and lasts until the round that ends after --seconds.
     longest = options.seconds + 3.0 * interval + 2.0
-    events = options.events or math.ceil(350_000 * longest)
+    events = options.events or math.ceil(500_000 * longest)
     # The worker has a core of its own; the broker and whatever else runs here share the others.
     allowed = os.sched_getaffinity(0)
     cores = None if options.all_cores or len(allowed) < 2 else [min(allowed)]

@@ -154,7 +154,9 @@ class OnlineTrainer:
         self.joiner.watermarks = watermarks
         self.joiner.waiting = waiting
         self.learners = {
-            question.task: TaskLearner(question.task, question.is_state, question.settings, settings.model.seed)
+            question.task: TaskLearner(
+                question.task, question.is_state, question.settings, settings.model.seed, question.groups
+            )
             for question in self.questions.tasks
         }
         for learner in self.learners.values():

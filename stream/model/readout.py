@@ -9,15 +9,18 @@ trainer; a row's features do not depend on the other rows of the call.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from stream.model.layout import Layout
 from stream.model.values import ValueTable
-from stream.settings import Memory, Task
+from stream.settings import STATE, Memory, Task
 from stream.wire import EventColumns
 
-__all__ = ["Readout", "TaskInputs"]
+__all__ = ["Readout", "TaskInputs", "group_names"]
 
 
 class Readout:
@@ -29,7 +32,7 @@ class Readout:
 
     def __init__(self, layout: Layout) -> None:
         self._hidden = layout.hidden
-        names = [f"hidden[{i}]" for i in range(layout.hidden)]
+        names = [f"{STATE}[{i}]" for i in range(layout.hidden)]
         statistics: list[int] = []
         shares: list[tuple[int, int]] = []
         place = {operation.memory.name: operation for operation in layout.operations}
@@ -112,6 +115,14 @@ class Readout:
                 pairs = np.stack([np.copysign(np.log1p(np.abs(numbers)), numbers), there], axis=2)
                 parts.append(pairs.reshape(len(memory), 2 * pairs.shape[1]))
         return np.concatenate(parts, axis=1).astype(np.float32, copy=False)
+
+
+def group_names(names: Sequence[str]) -> NDArray[np.str_]:
+    """(F,) the group of each input of a head: what is before the first bracket, point or equals sign of its name.
+
+    That is the name of a memory or of a field of the event, or `hidden`.
+    """
+    return np.array([re.split(r"[\[.=]", name, maxsplit=1)[0] for name in names])
 
 
 def _values(layout: Layout, memory: Memory) -> tuple[str, ...]:

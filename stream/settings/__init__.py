@@ -10,6 +10,7 @@ Not guaranteed: that a broker or a directory named here exists; whoever opens th
 
 from stream.settings.loading import ENVIRONMENT_PREFIX, load, parse
 from stream.settings.sections import (
+    STATE,
     Field,
     Gbdt,
     Kafka,
@@ -32,6 +33,7 @@ from stream.settings.sections import (
 
 __all__ = [
     "ENVIRONMENT_PREFIX",
+    "STATE",
     "Field",
     "Gbdt",
     "Kafka",

@@ -7,7 +7,7 @@ and what would be accepted.
 from __future__ import annotations
 
 from stream.errors import SettingsError
-from stream.settings.sections import Field, Kafka, Memory, Settings, Task, Worker
+from stream.settings.sections import STATE, Field, Kafka, Memory, Settings, Task, Worker
 
 __all__ = ["check"]
 
@@ -17,6 +17,8 @@ _TTL_SPREAD_S = 4 * 365 * 86_400
 _STATISTICS = ("count", "sum", "visits")
 #: Kinds of memory that keep values of a category, declared or not.
 _OF_ITEMS = ("ring", "top", "tally", "sketch")
+#: Those that heads read only where they are matched with candidates.
+_MATCHED = ("ring", "top", "tally")
 #: Longest value with a row of its own: a key of the store, less the byte that says what it is of.
 _TABLED_BYTES = 1023
 
@@ -57,6 +59,7 @@ def check(settings: Settings) -> None:
             if task.labels != "final":
                 _refuse(f"{name}.final_by", task.final_by, f"nothing with labels = {task.labels!r}")
         _check_head(name, task)
+        _check_leave_out(settings, name, task)
         _check_tables(settings, name, task)
     known = {
         f"{modality_name}.{field_name}"
@@ -81,9 +84,14 @@ def _check_trunk(settings: Settings) -> None:
     if model.online.burn_in >= model.online.length:
         _refuse("model.online.burn_in", model.online.burn_in, f"less than model.online.length = {model.online.length}")
     for task in settings.tasks.values():
-        if "mlp" in task.parts or (task.parts != ("gbdt",) and task.state_prior_variance != 0):
-            return
-    accepted = "'fixed', or a task whose head is mlp, or logistic or linear with state_prior_variance above 0"
+        for part in task.parts:
+            reads = part == "mlp" or (part != "gbdt" and task.state_prior_variance != 0)
+            if reads and STATE not in task.leave_out.get(part, ()):
+                return
+    accepted = (
+        "'fixed', or a task whose head is mlp, or logistic or linear with state_prior_variance above 0, that does not "
+        "leave out the hidden state"
+    )
     _refuse("model.trunk", model.trunk, accepted)
 
 
@@ -109,6 +117,20 @@ def _check_head(name: str, task: Task) -> None:
     fit = ["linear" if task.kind == "regression" else "logistic", "mlp", "gbdt"]
     if len(set(task.parts)) != len(task.parts) or not set(task.parts) <= set(fit):
         _refuse(f"{name}.head", task.head, f"one or several of {', '.join(fit)}, each once, for kind {task.kind!r}")
+
+
+def _check_leave_out(settings: Settings, name: str, task: Task) -> None:
+    """Parts leave out what the head sees, and not everything."""
+    matched = {memory for memories in task.candidates.values() for memory in memories}
+    seen = {STATE, *task.inputs, *(one.name for one in settings.memory if one.kind not in _MATCHED), *matched}
+    for part, left in task.leave_out.items():
+        if part not in task.parts:
+            _refuse(f"{name}.leave_out", part, f"parts of the head: {', '.join(task.parts)}")
+        for one in left:
+            if one not in seen:
+                _refuse(f"{name}.leave_out.{part}", one, f"what the head sees: {sorted(seen)}")
+        if len(set(left)) != len(left) or seen <= set(left):
+            _refuse(f"{name}.leave_out.{part}", left, "every name once, and not all that the head sees")
 
 
 def _check_ttls(settings: Settings) -> None:
@@ -159,7 +181,7 @@ def _check_http(worker: Worker) -> None:
 
 def _check_candidates(settings: Settings, name: str, task: Task) -> None:
     listing = sorted(key for key, field in settings.modalities[task.on].fields.items() if field.type == "items")
-    matched = sorted(memory.name for memory in settings.memory if memory.kind in ("ring", "top", "tally"))
+    matched = sorted(memory.name for memory in settings.memory if memory.kind in _MATCHED)
     for field_name, memories in task.candidates.items():
         if field_name not in listing:
             _refuse(f"{name}.candidates", field_name, f"fields of {task.on} of type items: {listing}")

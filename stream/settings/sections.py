@@ -36,6 +36,8 @@ Natural = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,62}$")]
+#: What the hidden state is called among what heads see.
+STATE = "hidden"
 HeadName = Literal["logistic", "linear", "mlp", "gbdt"]
 TopicName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,249}$")]
 
@@ -339,6 +341,9 @@ class Task(_Section, frozen=True):
     standardise_after: Annotated[int, Meta(ge=2)] = 500
     #: Fields of `on` that the head sees: numbers, and categories with declared `values` (one input each).
     inputs: list[Name] = []
+    #: What parts of the head do not see, each part by its name: names of memories, of `inputs`, and `hidden` for the
+    #: hidden state. A part learns and predicts as if there were nothing of that.
+    leave_out: dict[str, list[Name]] = {}
     #: Fields of `on` of type `items` that list candidates, each with the rings, tops and tallies matched with them.
     candidates: dict[Name, list[Name]] = {}
     #: logistic, linear: category fields of `on` whose every value has a learned weight of its own, with a variance of

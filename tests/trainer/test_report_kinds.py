@@ -92,6 +92,8 @@ def toml(names: Iterable[str] = tuple(TASKS)) -> str:
         (TOML + "".join(tasks))
         .replace("[tasks.size]", f"[tasks.size]\nclasses = {json.dumps(CLASSES)}")
         .replace("[tasks.sampled]", "[tasks.sampled]\nnegative_rate = 0.5")
+        .replace("[tasks.came]", '[tasks.came]\nleave_out = { mlp = ["hidden"], gbdt = ["hidden"] }')
+        .replace("[tasks.worth]", '[tasks.worth]\nleave_out = { linear = ["hidden"] }')
     )
 
 
@@ -314,7 +316,7 @@ def test_where_its_own_head_would_take_too_long_another_stands_in(recorded: Reco
     examples = recorded.examples["worth"]
     # When networks or trees would have to learn more
     found = contributions(
-        recorded.again("worth"), Judge("regression"), recorded.questions.by_task["worth"].names,
+        recorded.again("worth"), Judge("regression"),
         examples.as_of_ms >= SPLIT_MS, SPLIT_MS, most=200, most_learned=600, generator=np.random.default_rng(0),
     )  # fmt: skip
     # Then a linear head does, and it is said

@@ -9,7 +9,7 @@ from trainer.learner.logistic import (
     prior_variance,
 )
 from trainer.learner.mlp import MlpLearner
-from trainer.learner.part import Labelled, PartLearner
+from trainer.learner.part import Labelled, PartLearner, seen_by
 from trainer.learner.prequential import Prequential
 from trainer.learner.standardiser import Standardiser
 from trainer.learner.task import AVERAGE, TaskLearner
@@ -32,4 +32,5 @@ __all__ = [
     "TreesLearner",
     "fit_trees",
     "prior_variance",
+    "seen_by",
 ]

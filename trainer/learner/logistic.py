@@ -56,18 +56,22 @@ _HEAVIEST = 1e100
 _BESIDE = 3
 
 
-def prior_variance(settings: Task, is_state: NDArray[np.bool_]) -> Floats:
+def prior_variance(settings: Task, is_state: NDArray[np.bool_], sees: NDArray[np.bool_] | None = None) -> Floats:
     """(F + 1,) variances of a task's weights: one for those on hidden state and sketches, whose many columns say
     little each, one for the others, and a wide one for the bias, which no input can stand in for.
 
     Parameters
     ----------
     is_state: (F,) which of the head's inputs are hidden state or sketch.
+    sees: (F,) which inputs the weights are for, by default all; the others have no variance, and stay at zero.
     """
     state = settings.state_prior_variance
     if state is None:
         state = settings.prior_variance / 10.0
-    return np.append(np.where(is_state, state, settings.prior_variance), settings.bias_variance)
+    variance = np.where(is_state, state, settings.prior_variance)
+    if sees is not None:
+        variance[~sees] = 0.0
+    return np.append(variance, settings.bias_variance)
 
 
 class BayesianLogistic:
@@ -215,13 +219,18 @@ class LogisticLearner:
     """The part `logistic` of a task's head: one posterior, or one for each class against the others."""
 
     def __init__(
-        self, task: str, settings: Task, is_state: NDArray[np.bool_], tables: Sequence[CategoryTable] = ()
+        self,
+        task: str,
+        settings: Task,
+        is_state: NDArray[np.bool_],
+        tables: Sequence[CategoryTable] = (),
+        sees: NDArray[np.bool_] | None = None,
     ) -> None:
         self._task = task
         self._tables = tables
         self._classes = len(settings.classes)
         self._is_alone = bool(tables) or settings.labels == "as_they_come"
-        variance = prior_variance(settings, is_state)
+        variance = prior_variance(settings, is_state, sees)
         # No variance is ever above the prior's.
         self._variance, self._widest = variance, max(1.0, float(variance.max()))
         self._most = max(1, min(_MOST_LABELS, _MOST_NUMBERS // (len(variance) + _BESIDE)))
@@ -319,11 +328,16 @@ class LinearLearner:
     """The part `linear` of a regression's head."""
 
     def __init__(
-        self, task: str, settings: Task, is_state: NDArray[np.bool_], tables: Sequence[CategoryTable] = ()
+        self,
+        task: str,
+        settings: Task,
+        is_state: NDArray[np.bool_],
+        tables: Sequence[CategoryTable] = (),
+        sees: NDArray[np.bool_] | None = None,
     ) -> None:
         self._task = task
         self._tables = tables
-        variance = prior_variance(settings, is_state)
+        variance = prior_variance(settings, is_state, sees)
         self.posterior = BayesianLinear(len(variance), variance)
         self.behind = 0
 

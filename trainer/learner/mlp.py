@@ -37,19 +37,26 @@ class MlpLearner:
 
     Parameters
     ----------
-    width: number of inputs, F.
+    sees: (F,) which of the task's inputs it sees.
     standardiser: fixed before the first label is given to `learn`.
     examples: where each label is before it is given to `learn`.
     seed: of every random choice.
     """
 
     def __init__(
-        self, task: str, settings: Task, width: int, standardiser: Standardiser, examples: Examples, seed: int
+        self,
+        task: str,
+        settings: Task,
+        sees: NDArray[np.bool_],
+        standardiser: Standardiser,
+        examples: Examples,
+        seed: int,
     ) -> None:
         self._task = task
         self._kind = settings.kind
         self._mlp = settings.mlp
-        self._width = width
+        self._sees = sees
+        self._width = width = int(sees.sum())
         self._outputs = max(1, len(settings.classes))
         self._standardiser = standardiser
         self._examples = examples
@@ -99,7 +106,9 @@ class MlpLearner:
         earlier = int(new[0]) - first
         replayed = random.integers(first, new[0], len(new) * self._mlp.replay) if earlier > 0 else new[:0]
         batch = self._examples.take(np.concatenate([new, replayed]))
-        x = standardise(batch.inputs, center, scale).astype(np.float32)
+        sees = self._sees
+        inputs = batch.inputs if sees.all() else batch.inputs[:, sees]
+        x = standardise(inputs, center[sees], scale[sees]).astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
             gradient = self._gradient(x, batch, len(new) * (1 + self._mlp.replay), random)
             norm = float(np.sqrt(np.square(gradient, dtype=np.float64).sum()))
@@ -171,7 +180,9 @@ class MlpLearner:
             mean, spread = self._spread()
             last = last * np.float32(spread)
             last[:, -1] += np.float32(mean)
-        return mlp_tensors(self._task, center, scale, {"input": first.copy(), "output": last.copy()})
+        whole = np.zeros((len(self._sees) + 1, first.shape[1]), np.float32)
+        whole[np.append(self._sees, True)] = first
+        return mlp_tensors(self._task, center, scale, {"input": whole, "output": last.copy()})
 
     def save(self) -> dict[str, bytes]:
         flat = np.stack([self._weights, self._momentum, self._squares, self._average])

@@ -10,13 +10,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream.model.parameters import Tensor
+from stream.settings import Task
 
-__all__ = ["Labelled", "Load", "PartLearner"]
+__all__ = ["Labelled", "Load", "PartLearner", "seen_by"]
 
 Floats = NDArray[np.float64]
 
 #: The bytes that `save` gave under a name; raises StoreError where the checkpoint lacks them.
 Load = Callable[[str], bytes]
+
+
+def seen_by(part: str, settings: Task, groups: NDArray[np.str_] | None, width: int) -> NDArray[np.bool_]:
+    """(width,) which of the task's inputs a part of its head sees; see `leave_out`.
+
+    Parameters
+    ----------
+    groups: (width,) of each input; None only where the part leaves nothing out.
+    """
+    left = settings.leave_out.get(part)
+    if not left:
+        return np.ones(width, np.bool_)
+    assert groups is not None
+    return ~np.isin(groups, left)
 
 
 @dataclass(frozen=True)
@@ -40,7 +55,9 @@ class PartLearner(Protocol):
     """Learns one part.
 
     Guaranteed of each: the same labels in the same order give the same tensors, bit for bit, on one thread of one
-    machine, wherever it is saved and loaded in between. `behind` counts labels taken that `tensors` does not have yet.
+    machine, wherever it is saved and loaded in between. Of inputs that the part leaves out (`seen_by`) nothing is
+    learned, and what it serves is the same whatever they are. `behind` counts labels taken that `tensors` does not have
+    yet.
     """
 
     behind: int

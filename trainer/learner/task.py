@@ -23,7 +23,7 @@ from trainer.checkpoint import Changes, Database, unpack_array
 from trainer.learner.examples import Examples
 from trainer.learner.logistic import LinearLearner, LogisticLearner
 from trainer.learner.mlp import MlpLearner
-from trainer.learner.part import Labelled, PartLearner
+from trainer.learner.part import Labelled, PartLearner, seen_by
 from trainer.learner.prequential import Prequential
 from trainer.learner.standardiser import Standardiser
 from trainer.learner.trees import TreesLearner
@@ -46,12 +46,20 @@ class TaskLearner:
     ----------
     is_state: (F,) which of the head's inputs are hidden state or sketch.
     seed: of every random choice.
+    groups: (F,) which group each input belongs to; needed where a part leaves some out.
 
     `learned` and `dropped` count since the program started; `included` lists Kafka's times of the feedback
     that some part has and no published version has yet.
     """
 
-    def __init__(self, task: str, is_state: NDArray[np.bool_], settings: Task, seed: int = 0) -> None:
+    def __init__(
+        self,
+        task: str,
+        is_state: NDArray[np.bool_],
+        settings: Task,
+        seed: int = 0,
+        groups: NDArray[np.str_] | None = None,
+    ) -> None:
         self.task = task
         self.kind = settings.kind
         self.width = len(is_state)
@@ -64,7 +72,7 @@ class TaskLearner:
         self.tables = tuple(CategoryTable(name, self._outputs, settings) for name in table_names(task, settings))
         own_seed = (seed + zlib.crc32(task.encode())) % 2**31
         self._new_parts: Callable[[], dict[str, PartLearner]] = lambda: {
-            name: self._part(name, settings, is_state, own_seed) for name in settings.parts
+            name: self._part(name, settings, is_state, groups, own_seed) for name in settings.parts
         }
         self.parts = self._new_parts()
         several = [AVERAGE] if len(self.parts) > 1 else []
@@ -78,15 +86,18 @@ class TaskLearner:
         self._queue: list[Labelled] = []
         self._changed = True
 
-    def _part(self, name: str, settings: Task, is_state: NDArray[np.bool_], seed: int) -> PartLearner:
+    def _part(
+        self, name: str, settings: Task, is_state: NDArray[np.bool_], groups: NDArray[np.str_] | None, seed: int
+    ) -> PartLearner:
+        sees = seen_by(name, settings, groups, self.width)
         if name == "logistic":
-            return LogisticLearner(self.task, settings, is_state, self.tables)
+            return LogisticLearner(self.task, settings, is_state, self.tables, sees)
         if name == "linear":
-            return LinearLearner(self.task, settings, is_state, self.tables)
+            return LinearLearner(self.task, settings, is_state, self.tables, sees)
         assert self.examples is not None
         if name == "mlp":
-            return MlpLearner(self.task, settings, self.width, self.standardiser, self.examples, seed)
-        return TreesLearner(self.task, settings, self.examples, seed)
+            return MlpLearner(self.task, settings, sees, self.standardiser, self.examples, seed)
+        return TreesLearner(self.task, settings, sees, self.examples, seed)
 
     @property
     def labels(self) -> int:
@@ -223,6 +234,7 @@ class TaskLearner:
     def save(self, changes: Changes) -> None:
         """Add everything to a checkpoint; the parts only where a label came."""
         changes[self._name("standardiser")] = self.standardiser.save()
+        changes[self._name("left-out")] = msgpack.packb(self._left_out())
         changes[self._name("tables")] = msgpack.packb(list(self._settings.tables))
         for table in self.tables:
             table.save(changes)
@@ -283,6 +295,16 @@ class TaskLearner:
                 f"task {self.task!r} has the head {', '.join(self.parts)}, but the checkpoint in "
                 f"{str(database.path)!r} was made with {', '.join(parts)}: {advice}"
             )
+        # A checkpoint that does not say is of a time when parts saw everything.
+        packed = database.get(self._name("left-out"))
+        then = msgpack.unpackb(packed) if packed is not None else {}
+        for name, left in self._left_out().items():
+            if left != then.get(name, []):
+                raise StoreError(
+                    f"task {self.task!r}: its head {name} leaves out {', '.join(left) or 'nothing'}, but the "
+                    f"checkpoint in {str(database.path)!r} was made with it leaving out "
+                    f"{', '.join(then.get(name, [])) or 'nothing'}: {advice}"
+                )
         tables = msgpack.unpackb(load("tables"))
         if tables != list(self._settings.tables):
             raise StoreError(
@@ -304,6 +326,9 @@ class TaskLearner:
             for inputs, target, weight, published_ms, final_ms, offset, keys in msgpack.unpackb(load("queue"))
         ]
         self._changed = False
+
+    def _left_out(self) -> dict[str, list[str]]:
+        return {part: sorted(self._settings.leave_out.get(part, [])) for part in self.parts}
 
     def confirm(self, included: int) -> None:
         """The first `included` entries of `included` are in a version that is confirmed."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
+from numpy.typing import NDArray
 
 from stream.errors import StoreError
 from stream.model.heads import lightgbm, trees_tensors
@@ -36,10 +37,11 @@ class TreesLearner:
     SettingsError: LightGBM is not installed.
     """
 
-    def __init__(self, task: str, settings: Task, examples: Examples, seed: int) -> None:
+    def __init__(self, task: str, settings: Task, sees: NDArray[np.bool_], examples: Examples, seed: int) -> None:
         lightgbm(f"tasks.{task}.head")
         self._task = task
         self._settings = settings
+        self._sees = sees
         self._examples = examples
         self._seed = seed
         self._text = ""
@@ -85,7 +87,7 @@ class TreesLearner:
 
         def run() -> None:
             try:
-                self._found = fit_trees(self._settings, batch, self._seed)
+                self._found = fit_trees(self._settings, batch, self._seed, self._sees)
             except Exception as error:
                 self._found = error
 
@@ -119,8 +121,13 @@ class TreesLearner:
             self._thread.join()
 
 
-def fit_trees(settings: Task, batch: Batch, seed: int) -> str:
-    """A model of these examples as LightGBM writes it; the same for the same examples."""
+def fit_trees(settings: Task, batch: Batch, seed: int, sees: NDArray[np.bool_]) -> str:
+    """A model of these examples as LightGBM writes it; the same for the same examples.
+
+    Parameters
+    ----------
+    sees: (F,) by which of the inputs its trees may split.
+    """
     package = lightgbm("tasks.NAME.head")
     gbdt = settings.gbdt
     parameters: dict[str, Any] = {
@@ -143,8 +150,10 @@ def fit_trees(settings: Task, batch: Batch, seed: int) -> str:
         parameters["num_class"] = len(settings.classes)
     # LightGBM warns of a column that lies among others.
     offset = np.ascontiguousarray(batch.offset) if batch.offset.any() else None
+    # It draws the columns of a tree from those that vary.
+    inputs = batch.inputs if sees.all() else np.where(sees, batch.inputs, np.float32(0.0))
     data = package.Dataset(
-        batch.inputs, batch.target, weight=batch.weight, init_score=offset, params=parameters, free_raw_data=True
+        inputs, batch.target, weight=batch.weight, init_score=offset, params=parameters, free_raw_data=True
     )
     text: str = package.train(parameters, data, num_boost_round=gbdt.trees).model_to_string()
     return text

@@ -43,12 +43,14 @@ class Again:
     Parameters
     ----------
     is_state: (F,) which inputs are hidden state or sketch.
+    groups: (F,) which group each input belongs to; see `stream.model.readout.group_names`.
     seed: that of the trainer's settings.
     """
 
     task: str
     settings: Task
     is_state: NDArray[np.bool_]
+    groups: NDArray[np.str_]
     seed: int
     examples: AnsweredExamples
 
@@ -66,7 +68,7 @@ class Again:
                 f"tasks.{question.task}.standardise_after says"
             )
         own = msgspec.structs.replace(question.settings, tables=[])
-        return cls(question.task, own, question.is_state, settings.model.seed, examples)
+        return cls(question.task, own, question.is_state, question.groups, settings.model.seed, examples)
 
     @property
     def outputs(self) -> int:
@@ -83,7 +85,7 @@ class Again:
         """The same with those of the inputs alone; bool[F]."""
         one = self.examples
         part = replace(one, inputs=one.inputs[:, inputs], center=one.center[inputs], scale=one.scale[inputs], names=())
-        return replace(self, is_state=self.is_state[inputs], examples=part)
+        return replace(self, is_state=self.is_state[inputs], groups=self.groups[inputs], examples=part)
 
     def frozen_at(self, at_ms: int, passed: Passed = _unheard) -> Floats:
         """(n, outputs) what the head that stopped learning at `at_ms` says of every example, before and after; it has
@@ -144,7 +146,7 @@ class _Walk:
 
     def __init__(self, again: Again) -> None:
         self._again = again
-        self._learner = TaskLearner(again.task, again.is_state, again.settings, again.seed)
+        self._learner = TaskLearner(again.task, again.is_state, again.settings, again.seed, again.groups)
         self._learner.standardiser.center, self._learner.standardiser.scale = (
             again.examples.center,
             again.examples.scale,

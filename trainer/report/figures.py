@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from stream.errors import DataError
 from stream.model.heads import Questions
 from stream.model.layout import Layout
+from stream.model.readout import group_names
 from stream.settings import Settings, Task
 from stream.wire import Schema
 from trainer.evaluation import interval
 from trainer.record import AnsweredExamples
 from trainer.report.again import Again
-from trainer.report.groups import Contributions, contributions, group_names
+from trainer.report.groups import Contributions, contributions
 from trainer.report.measures import LEAST, ROUNDS, Bin, Judge
 from trainer.report.rows import fitted_anew, name_of_fit
 
@@ -194,7 +195,7 @@ def report_on(
             for name, said in scores.items()
         },
         contributions=contributions(
-            again, judge, question.names, later & last, split_ms, most=most_for_groups, generator=generator,
+            again, judge, later & last, split_ms, most=most_for_groups, generator=generator,
             progress=lambda share, text: progress(0.4 + 0.6 * share, f"{task}: {text}"),
         ),
     )  # fmt: skip

@@ -8,8 +8,7 @@ Not guaranteed: that a group which contributes nothing here is useless: another 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -22,7 +21,7 @@ from trainer.report.again import Again
 from trainer.report.measures import ROUNDS, Judge
 from trainer.report.rows import BAYESIAN
 
-__all__ = ["MOST_LEARNED", "Contributions", "Group", "contributions", "group_names"]
+__all__ = ["MOST_LEARNED", "Contributions", "Group", "contributions"]
 
 Floats = NDArray[np.float64]
 Progress = Callable[[float, str], None]
@@ -58,15 +57,9 @@ class Contributions:
     groups: list[Group]
 
 
-def group_names(names: Sequence[str]) -> NDArray[np.str_]:
-    """(F,) the group of each input: what is before the first bracket, point or equals sign of its name."""
-    return np.array([re.split(r"[\[.=]", name, maxsplit=1)[0] for name in names])
-
-
 def contributions(
     again: Again,
     judge: Judge,
-    names: Sequence[str],
     judged: NDArray[np.bool_],
     split_ms: int,
     *,
@@ -79,7 +72,6 @@ def contributions(
 
     Parameters
     ----------
-    names: (F,) of the inputs.
     judged: (n,) on which examples.
     most: learned are the examples of so many clients drawn at random that there are no more.
     most_learned: examples that networks and trees may learn in all; above, a Bayesian head stands in.
@@ -87,7 +79,7 @@ def contributions(
     """
     drawn = _of_some_clients(again.examples, most, generator)
     part = replace(again, examples=again.examples.taken(drawn))
-    group_of = group_names(names)
+    group_of = again.groups
     groups = list(dict.fromkeys(group_of.tolist()))
     each = 1.0 / (len(groups) + 1)
 

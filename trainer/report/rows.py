@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from stream.model.heads import Head, linear_tensors, sigmoid, standardise, trees_tensors
 from stream.model.parameters import ParameterSet, Tensor
-from trainer.learner import Batch, fit_trees, prior_variance
+from trainer.learner import Batch, fit_trees, prior_variance, seen_by
 from trainer.report.again import Again
 
 __all__ = ["BAYESIAN", "fitted_anew", "name_of_fit"]
@@ -85,7 +85,8 @@ class _Trees:
         newest = slice(max(0, len(known) - again.settings.keep_examples), None)
         kept = known[newest]
         batch = Batch(examples.inputs[kept], targets[newest], examples.weight[kept], np.zeros(len(kept)))
-        return trees_tensors(again.task, examples.center, fit_trees(again.settings, batch, again.seed))
+        sees = seen_by("gbdt", again.settings, again.groups, len(again.is_state))
+        return trees_tensors(again.task, examples.center, fit_trees(again.settings, batch, again.seed, sees))
 
 
 class _Bayesian:
@@ -97,7 +98,9 @@ class _Bayesian:
 
     def __init__(self, again: Again) -> None:
         self._again = again
-        variance = prior_variance(again.settings, again.is_state)
+        name = "linear" if again.settings.kind == "regression" else "logistic"
+        sees = seen_by(name, again.settings, again.groups, len(again.is_state))
+        variance = prior_variance(again.settings, again.is_state, sees)
         # A weight without a variance stays at zero.
         self._free = variance > 0.0
         self._precision = np.diag(1.0 / variance[self._free])

@@ -13,7 +13,7 @@ from stream.model.heads.head import Head, output_names, part_names
 from stream.model.heads.trees import lightgbm
 from stream.model.layout import Layout
 from stream.model.parameters import ParameterSet
-from stream.model.readout import CategoryCodes, Readout, TaskInputs
+from stream.model.readout import CategoryCodes, Readout, TaskInputs, group_names
 from stream.store import PackedKeys
 from stream.wire import EventColumns
 
@@ -36,6 +36,8 @@ class TaskQuestion:
         self.names = (*readout.names, *of_event)
         #: (F,) which inputs are hidden state or sketch.
         self.is_state = np.concatenate([readout.is_state, np.zeros(len(of_event), np.bool_)])
+        #: (F,) the group of each one; see `group_names`.
+        self.groups = group_names(self.names)
         #: How its predictions are called on the embeddings topic and over HTTP.
         self.outputs = output_names(task, self.settings)
         self._before: Head | None = None

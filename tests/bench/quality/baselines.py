@@ -29,8 +29,6 @@ REGULARISED: dict[str, Any] = {
     **_COMMON, "num_trees": 250, "learning_rate": 0.03, "num_leaves": 15, "bagging_fraction": 0.5, "bagging_freq": 1,
     "feature_fraction": 0.3, "lambda_l2": 10.0, "max_bin": 63,
 }  # fmt: skip
-#: Of River's stochastic gradient descent.
-_ONLINE_RATE = 0.003
 
 
 def _refits(points: Points, from_ms: int, every_days: float) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
@@ -112,13 +110,16 @@ def _mode(x: Floats, label: NDArray[np.bool_], start: Floats, penalty: float) ->
 def online_logistic(stream: Stream) -> Floats:
     """(n,) of River's logistic regression on the scaled aggregates, one pass, each label as it becomes known.
 
-    It is given what the refitted regression is, and a smaller step than River's own (.01), which is too large for so
-    many inputs: with that it forgets one campaign of the shop while it learns the next.
+    It is given what the refitted regression is, and smaller steps than River's own (.01), which are too large for so
+    many inputs: with those it forgets one campaign of the shop while it learns the next. On the loans, where the 17
+    labels of an application, all the same, come at once, the intercept's are smaller, too: with River's own,
+    predictions go up and down with the latest outcomes.
     """
     from river import linear_model, optim, preprocessing
 
     points = stream.points
-    model = preprocessing.StandardScaler() | linear_model.LogisticRegression(optim.SGD(_ONLINE_RATE))
+    head = linear_model.LogisticRegression(optim.SGD(stream.rate), intercept_lr=stream.intercept_rate)
+    model = preprocessing.StandardScaler() | head
     rows = _dense(points)
     names = [str(i) for i in range(rows.shape[1])]
     out = np.full(len(points), np.nan)

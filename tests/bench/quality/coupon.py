@@ -56,6 +56,8 @@ def coupon_stream(cases: int | None = None, directory: Path | None = None) -> St
         fits=3,
         leaf_examples=100,
         penalty=100.0,
+        rate=0.003,
+        intercept_rate=0.01,
     )
 
 

@@ -73,6 +73,8 @@ def loan_stream(cases: int | None = None) -> Stream:
         fits=1,
         leaf_examples=200,
         penalty=10.0,
+        rate=0.0001,
+        intercept_rate=0.0001,
     )
 
 

@@ -44,7 +44,8 @@ class Stream:
     `events` and `feedback` in order of time. Rows are judged on points from `judged_from_ms` whose label is known
     within the stream; the `trunk` that serves, see `TRUNKS`, is made of what lies before `trunk_until_ms`. Of the
     baselines: `fits` of LightGBM are averaged, its well regularised setting has leaves of at most `leaf_examples`;
-    `penalty` is that of logistic regression.
+    `penalty` is that of logistic regression, `rate` and `intercept_rate` are the steps of its online
+    kind.
     """
 
     settings: Path
@@ -63,3 +64,5 @@ class Stream:
     fits: int
     leaf_examples: int
     penalty: float
+    rate: float
+    intercept_rate: float

@@ -18,6 +18,7 @@ Source of the protocol: KIP-98 (idempotent and transactional producers).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import threading
@@ -52,7 +53,8 @@ __all__ = ["BatchProducer", "ProducerLimits", "asyncio_client_config"]
 
 logger = logging.getLogger(__name__)
 
-#: What comes within it goes together: a request costs as much as a hundred records.
+#: What comes within it goes together, unless `hasten` says that no more will: a request costs as much as a hundred
+#: records.
 _LINGER_S = 0.005
 _BACKOFF_S = 0.1
 _LONGEST_BACKOFF_S = 1.0
@@ -157,6 +159,10 @@ class BatchProducer:
         self._queue.put(partition, keys, values)
         self._sender.wake()
 
+    def hasten(self) -> None:
+        """No more comes for now: what was handed over need not wait for company."""
+        self._sender.hasten()
+
     def flush(self, timeout_s: float, partition: int | None = None) -> None:
         """Wait until everything handed over before this call is confirmed; of one partition, or of all.
 
@@ -210,6 +216,8 @@ class _Sender:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._due: asyncio.Event | None = None
+        #: Set where what is due need not wait for more.
+        self._hurry: asyncio.Event | None = None
         self._is_woken = self._is_stopped = False
 
     # ---------------------------------------------------------------- from other threads
@@ -221,6 +229,13 @@ class _Sender:
             if not self._is_woken and self._loop is not None and self._due is not None:
                 self._is_woken = True
                 self._loop.call_soon_threadsafe(self._due.set)
+
+    def hasten(self) -> None:
+        """What was put into the queue waits no longer for more."""
+        with self._lock:
+            # Without anything new there is nothing to send.
+            if self._is_woken and self._loop is not None and self._hurry is not None:
+                self._loop.call_soon_threadsafe(self._hurry.set)
 
     def stop(self) -> None:
         """End `run` soon."""
@@ -242,19 +257,23 @@ class _Sender:
             self._fail(f"can no longer be written: {error!r}")
 
     async def _serve(self) -> None:
-        due = asyncio.Event()
+        due, hurry = asyncio.Event(), asyncio.Event()
         due.set()
         with self._lock:
             if self._is_stopped:
                 return
             self._loop, self._task, self._due = asyncio.get_running_loop(), asyncio.current_task(), due
+            self._hurry = hurry
         client = AIOKafkaClient(**self._config)
         try:
             await self._start(client)
             while self._queue.failure is None:
                 await due.wait()
-                await asyncio.sleep(_LINGER_S)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LINGER_S):
+                        await hurry.wait()
                 due.clear()
+                hurry.clear()
                 with self._lock:
                     self._is_woken = False
                 self._dispatch(client)
@@ -354,8 +373,10 @@ class _Sender:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a batch for topic %s was not sent", self._topic, exc_info=error)
             self._fail(f"can no longer be written: {error!r}")
-        if self._due is not None:
+        if self._due is not None and self._hurry is not None:
+            # What had to wait for this answer has waited long enough.
             self._due.set()
+            self._hurry.set()
 
     async def _deliver(self, client: AIOKafkaClient, node: int, batches: Sequence[QueuedBatch]) -> None:
         sealed = [(batch.partition, batch.sealed(self._codec)) for batch in batches]

@@ -71,6 +71,10 @@ class Outputs:
         self._check()
         self._embeddings.send(partition, keys, None)
 
+    def hasten(self) -> None:
+        """No more embeddings come for now: those handed over go at once, and not a little later with others."""
+        self._embeddings.hasten()
+
     def dead_letters(self, partition: int, records: RecordBlock, rejected: Sequence[Rejected]) -> None:
         """Send records that are not events to dead-letters: original key, value and headers, and the reason."""
         for one in rejected:

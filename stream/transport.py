@@ -15,12 +15,14 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any, ClassVar
 
 import faust
+import numpy as np
 from aiokafka.consumer.fetcher import READ_COMMITTED, Fetcher, FetchError
 from aiokafka.errors import ConsumerStoppedError, IllegalStateError
 from aiokafka.record.memory_records import MemoryRecords
@@ -49,8 +51,12 @@ __all__ = [
 EVENTS_ISOLATION = "read_committed"
 #: Of a block, where Faust is given no number: what `worker.batch_records` may be at most.
 _MOST_RECORDS = 65_536
-#: While records come steadily, the broker answers a fetch at most so often, unless so many bytes came together.
-_GATHER_MS, _WORTH_BYTES = 20, 128 * 1024
+#: While records come steadily, the broker holds a fetch for so long, unless so many bytes come together: the shorter
+#: time as long as this process uses less of a core than the lower share, the longer time from the upper share on.
+_GATHER_MS, _WORTH_BYTES = (8.0, 20.0), 128 * 1024
+_SPARE_SHARES = (0.6, 0.9)
+#: The share is a mean that forgets within so long.
+_SHARE_S = 1.0
 #: Otherwise it answers as soon as there is a record; aiokafka's own default.
 _WAIT_MS = 500
 #: While fetched records wait here, partitions without any are asked at most so often, and the broker answers at once.
@@ -68,6 +74,8 @@ class FetchedBlock:
     partition: int
     start: int
     records: RecordBlock
+    #: Whether blocks of other partitions were fetched with it, and are handed over after it.
+    more: bool = False
 
     @property
     def end(self) -> int:
@@ -145,23 +153,36 @@ class BlockFetcher(Fetcher):
     _given_at: float
     #: When some partitions were asked for while records of others waited here.
     _glanced_at: float
+    #: Processor time of this process, in seconds.
+    _processor_s: Callable[[], float]
+    #: Of a core, that this process used lately; as of when, and of which processor time.
+    _share: float
+    _measured: tuple[float, float]
+    #: For how long the broker holds a fetch while records come steadily.
+    _gather_ms: int
 
     @classmethod
-    def take_over(cls, consumer: Any) -> BlockFetcher:
-        """Make the fetcher of a started consumer that has fetched nothing yet one of this class."""
+    def take_over(cls, consumer: Any, processor_s: Callable[[], float] = time.process_time) -> BlockFetcher:
+        """Make the fetcher of a started consumer that has fetched nothing yet one of this class.
+
+        processor_s: seconds of processor time that this process has used.
+        """
         fetcher: BlockFetcher = consumer._fetcher
         # The consumer makes its fetcher itself, and starts it at once.
         fetcher.__class__ = cls
         fetcher._ends = {}
         fetcher._moving = threading.Lock()
         fetcher._given_at = fetcher._glanced_at = -math.inf
+        fetcher._processor_s, fetcher._share, fetcher._gather_ms = processor_s, 0.0, round(_GATHER_MS[0])
+        fetcher._measured = fetcher._loop.time(), processor_s()
         return fetcher
 
     def _get_actions_per_node(self, assignment: Any) -> Any:
         """What to fetch from which broker; see aiokafka.
 
         At a steady rate each fetch, block and answer has its fixed cost, for the broker as for the worker; so there is
-        a bound to how many there are, and the partitions of a broker come together. After a pause nothing waits.
+        a bound to how many there are, and the partitions of a broker come together. The less of a core this process
+        has to spare, the fewer there are. After a pause nothing waits.
 
         A broker has one fetch at a time. Were it to wait there for a partition that is at its end, another one, whose
         records are used up meanwhile, would stand still with more of them on the broker: what is asked for beside
@@ -170,8 +191,9 @@ class BlockFetcher(Fetcher):
         now = self._loop.time()
         if self._records:
             self._fetch_max_wait_ms, self._fetch_min_bytes = 0, 1
-        elif now - self._given_at < _GATHER_MS / 1000.0:
-            self._fetch_max_wait_ms, self._fetch_min_bytes = _GATHER_MS, _WORTH_BYTES
+        elif now - self._given_at < _GATHER_MS[-1] / 1000.0:
+            self._note_share(now)
+            self._fetch_max_wait_ms, self._fetch_min_bytes = self._gather_ms, _WORTH_BYTES
         else:
             self._fetch_max_wait_ms, self._fetch_min_bytes = _WAIT_MS, 1
         requests, resets, timeout, *others = super()._get_actions_per_node(assignment)
@@ -182,6 +204,15 @@ class BlockFetcher(Fetcher):
             else:
                 self._glanced_at = now
         return requests, resets, timeout, *others
+
+    def _note_share(self, now: float) -> None:
+        """See how much of a core this process has to spare, and so how long the broker is to hold a fetch."""
+        before, used_before = self._measured
+        used = self._processor_s()
+        self._measured = now, used
+        elapsed_s = now - before
+        self._share += (used - used_before - elapsed_s * self._share) / max(elapsed_s, _SHARE_S)
+        self._gather_ms = round(float(np.interp(self._share, _SPARE_SHARES, _GATHER_MS)))
 
     def seek_to(self, tp: Any, offset: int) -> None:
         """Read on from `offset`."""
@@ -223,6 +254,13 @@ class BlockFetcher(Fetcher):
                 waiter.cancel()
 
     def _take_blocks(self, partitions: set[TP] | None, max_records: int) -> dict[TP, FetchedBlock]:
+        found = self._find_blocks(partitions, max_records)
+        *others, _ = found or [None]
+        for tp in others:
+            found[tp] = replace(found[tp], more=True)
+        return found
+
+    def _find_blocks(self, partitions: set[TP] | None, max_records: int) -> dict[TP, FetchedBlock]:
         found: dict[TP, FetchedBlock] = {}
         for tp in list(self._records):
             if partitions and tp not in partitions:

@@ -19,6 +19,7 @@ import pytest
 from confluent_kafka import Consumer, KafkaError, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
+from stream import batch_producer
 from stream.batch_producer import BatchProducer, ProducerLimits, asyncio_client_config
 from stream.broker import ApacheBroker, Broker, EmbeddedBroker
 from stream.errors import BrokerError, Fenced
@@ -207,6 +208,31 @@ def test_flush_waits_only_for_what_came_before_it(broker: Broker) -> None:
     assert flushed == 20
     found = read(settings, settings.topics.embeddings, 0)
     assert [int((value or b"").split()[0]) for _, value, *_ in found] == list(range(len(found)))
+
+
+def test_what_is_hastened_does_not_wait_for_more(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a producer that would wait for an hour for more to send together
+    settings = fresh_settings(broker)
+    make_topic(settings, settings.topics.embeddings, 3)
+    expected: list[list[bytes]] = [[], [], []]
+    with producing(settings, partitions=range(3)) as producer:
+        monkeypatch.setattr(batch_producer, "_LINGER_S", 3600.0)
+        for first in range(0, 400, 4):
+            # When records of several partitions are handed over, also while others are under way, and hastened
+            for partition in range(3):
+                keys, values = records(first, 4)
+                send(producer, partition, keys, values)
+                expected[partition] += values
+            producer.hasten()
+            # Then they are confirmed
+            if first % 40 == 0:
+                producer.flush(30.0)
+        producer.flush(30.0)
+    # And they are in order
+    for partition in range(3):
+        assert [value for _, value, _, _ in read(settings, settings.topics.embeddings, partition)] == expected[
+            partition
+        ]
 
 
 def test_a_refused_batch_stops_everything_after_it(apache_broker: Broker) -> None:

@@ -47,13 +47,15 @@ class Topic:
         assert producer.flush(30) == 0
 
     @asynccontextmanager
-    async def fetching(self, **options: Any) -> AsyncIterator[tuple[AIOKafkaConsumer, BlockFetcher]]:
+    async def fetching(
+        self, processor_s: Callable[[], float] = time.process_time, **options: Any
+    ) -> AsyncIterator[tuple[AIOKafkaConsumer, BlockFetcher]]:
         consumer = AIOKafkaConsumer(
             bootstrap_servers=self.servers, enable_auto_commit=False, auto_offset_reset="earliest", **options
         )
         await consumer.start()
         try:
-            fetcher = BlockFetcher.take_over(consumer)
+            fetcher = BlockFetcher.take_over(consumer, processor_s)
             consumer.assign(self.partitions)
             yield consumer, fetcher
         finally:
@@ -153,9 +155,59 @@ def test_records_that_come_steadily_come_together(apache_broker: Broker) -> None
             took = time.monotonic() - began
             stop.set()
             await publishing
-            # Then they are given out at most some fifty times a second
+            # Then they are given out at most some hundred times a second
             assert records > rounds
-            assert rounds <= took / 0.018 + 2
+            assert rounds <= took / 0.007 + 2
+
+    run(main)
+
+
+def test_the_less_a_process_has_to_spare_the_longer_a_fetch_is_held(apache_broker: Broker) -> None:
+    # Given records that come steadily, and a process that has used no processor time
+    topic = Topic(apache_broker, 2)
+    used = 0.0
+
+    async def main() -> None:
+        nonlocal used
+        async with topic.fetching(lambda: used) as (_, fetcher):
+            stop = threading.Event()
+            publishing = asyncio.create_task(asyncio.to_thread(publish_steadily, topic, stop))
+
+            async def held_for(wanted_ms: int) -> None:
+                while fetcher._gather_ms != wanted_ms:
+                    await fetcher.fetched_blocks(None, 30.0, 65_536)
+
+            try:
+                # Then the broker holds fetches for the shortest time
+                await held_for(8)
+                # And when it has used more than a second within a moment, for the longest
+                used = 1.5
+                await held_for(20)
+                # And for the shortest again after a while of rest
+                await held_for(8)
+            finally:
+                stop.set()
+                await publishing
+
+    run(main)
+
+
+def test_of_blocks_that_come_together_the_last_one_says_so(broker: Broker) -> None:
+    # Given records in every partition
+    topic = Topic(broker, 3)
+    for tp in topic.partitions:
+        topic.publish([b"%d" % i for i in range(20)], tp.partition)
+
+    async def main() -> None:
+        async with topic.fetching() as (_, fetcher):
+            seen = 0
+            while seen < 60:
+                # When blocks are handed over, of one partition or of several
+                found = list((await fetcher.fetched_blocks(None, 30.0, 7)).values())
+                seen += sum(len(block.records) for block in found)
+                # Then all but the last one say that another follows
+                assert [block.more for block in found] == [True] * (len(found) - 1) + [False]
+            assert await fetcher.fetched_blocks(None, 0.0, 7) == {}
 
     run(main)
 

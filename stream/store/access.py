@@ -104,6 +104,7 @@ class Update:
             core.updating = False
             core.check()
             if kind is None:
+                core.end_untouched()
                 core.table.mark(self._slots)
                 self._cap.touched(self._slots)
                 core.floor.touched(self._slots)

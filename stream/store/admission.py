@@ -94,7 +94,9 @@ def observe(
         actions,
         core.lives.lags(life_ms),
         core.lives.mask,
-        core.lives.default_lag,
+        # Whatever a key that counts from zero has: its first occurrence says how long it waits. One that only
+        # occurrences from before its end come to is left with it, and ends again.
+        core.lives.shortest_lag,
     )
     core.rows -= ended
     core.expired += ended

@@ -79,6 +79,8 @@ class Core:
         # Keys of rows that ended outside the sweep and the cap, for the sweep to hand out.
         self.unreported: list[bytes] = []
         self.undo_waiting: dict[int, tuple[Int64, list[bytes]]] = {}
+        # Slots of the last begin() whose rows started anew, in a table whose rows live differently long.
+        self.restarted: Int64 = np.empty(0, np.int64)
         self.metas: dict[str, bytes] = {}
         self.cold: Cold | None = None
         copies = options.cold_rows if options.cold_rows is not None else _COPIES * (options.memory_rows or 0)
@@ -211,8 +213,11 @@ class Core:
         self.rows += revived
         self.admitted += admitted
         self.expired += expired
+        self.restarted = self.restarted[:0]
         if revived or expired:
             at = np.flatnonzero(renewed)
+            if self.lives.several:
+                self.restarted = slots[at]
             for slot in slots[at].tolist() if table.held else ():
                 table.held.pop(slot, None)
             self.initialise(keys, at, slots[at])
@@ -242,6 +247,19 @@ class Core:
         self.admitted += int(new.shape[0])
         self.initialise(keys, created, new)
         return new
+
+    def end_untouched(self) -> None:
+        """Let rows that begin() started anew, and that nothing was then applied to, be as old as a row can be.
+
+        A replay begins the row of a client that had ended, and passes over the events from before its end. Nothing
+        else would end the row again where a new one lives for ever.
+        """
+        slots, table = self.restarted, self.table
+        if slots.shape[0]:
+            # Without an offset nothing can have been passed over.
+            empty = (table.events_seen[slots] == 0) & (table.last_event_ms[slots] == 0)
+            slots = slots[empty & (table.applied_offset[slots] >= 0)]
+            self.lives.write(table.records, slots, np.full(slots.shape[0], self.lives.shortest_lag))
 
     def initialise(self, keys: PackedKeys, at: Int64, slots: Int64) -> None:
         """Draw the vectors of new rows, at slots, from their keys, at `at` of keys, where the table asks for that."""

@@ -46,13 +46,13 @@ def count(
     actions: Any,
     lags: Any,
     mask: Any,
-    default_lag: Any,
+    first_lag: Any,
 ) -> Any:
     """Set actions (uint8[n]) of the occurrences of the keys at slots (int64[n]); returns (done, rows that ended).
 
     offsets: int64[n], or int64[0] where each occurrence counts. clients: int64[n], a number for each distinct slot,
     where rows can expire by the times in event_ms; newest (int64 per client) is then scratch room. int64[0] otherwise.
-    lags: int64[n] of the events; with mask and default_lag, of the table, as in lives.
+    lags: int64[n] of the events, as in lives, like mask; first_lag: of a key that counts from zero.
     """
     n = slots.shape[0]
     moving = clients.shape[0] == n
@@ -96,7 +96,7 @@ def count(
             at = np.int64(0)
             word = (word & ~_DEAD) | _WAITING
             if mask != _ZERO:
-                word = with_lag(word, default_lag)
+                word = with_lag(word, first_lag)
             waits = True
         if waits:
             seen = np.int64(records[slot, 2])

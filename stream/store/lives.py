@@ -122,6 +122,8 @@ class Lives:
         self.mask = _ALL if self.several else np.uint64(0)
         #: Lag of a row that no event told otherwise.
         self.default_lag = int(self.lags(np.array([self._default]))[0]) if self.several else 0
+        #: Lag of one that lives as short as any.
+        self.shortest_lag = self._spread if self.several else 0
 
     @property
     def name(self) -> str:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -342,6 +344,54 @@ TestReplay.settings = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+@pytest.fixture
+def machine() -> Iterator[ReplayMachine]:
+    made = ReplayMachine()
+    yield made
+    made.teardown()
+
+
+def spill(machine: ReplayMachine) -> None:
+    """Let what one row of memory has no room for leave it."""
+    for _ in range(4):
+        machine.store.lookup(KEYS)
+        machine.freeze(False)
+        machine.abandon()
+
+
+@pytest.mark.parametrize("ttl", [None, 20])
+@pytest.mark.parametrize("threshold", [1, 2])
+def test_a_replay_leaves_nothing_of_a_short_lived_row_that_the_sweep_ended(
+    machine: ReplayMachine, ttl: int | None, threshold: int
+) -> None:
+    machine.open(memory_rows=1, ttl=ttl, event_ttls=(9,), threshold=threshold, cold_rows=None, one_hash=False)
+    machine.publish(events=[Event(b"a", 51, 1.0, False, 1) for _ in range(threshold)], batch=1, jump=0)
+    spill(machine)
+    machine.publish(events=[Event(b"bb", 60, 1.0, False, 0)], batch=1, jump=0)
+    machine.sweep(1000.0)
+    assert b"a" not in machine.published
+    machine.kill(disk_lost=False)
+    machine.rows_are_those_of_one_pass()
+    machine.scan_is_complete()
+    machine.sweep(1000.0)
+    assert b"a" not in machine.published
+    machine.freeze(False)
+    machine.commit("no")
+    assert dict(machine.changelog)[b"a"] is None
+
+
+def test_a_replay_leaves_no_row_where_its_last_event_came_too_late(machine: ReplayMachine) -> None:
+    machine.open(memory_rows=1, ttl=None, event_ttls=(9,), threshold=1, cold_rows=None, one_hash=False)
+    machine.publish(events=[Event(b"a", 51, 1.0, False, 1), Event(b"bb", 60, 1.0, False, 0)], batch=1, jump=0)
+    machine.freeze(False)
+    machine.commit("no")
+    machine.publish(events=[Event(b"a", 40, 1.0, False, 1)], batch=1, jump=0)
+    spill(machine)
+    machine.kill(disk_lost=False)
+    machine.rows_are_those_of_one_pass()
+    machine.scan_is_complete()
 
 
 def test_packed_keys_are_what_the_machine_uses() -> None:

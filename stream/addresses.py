@@ -6,7 +6,8 @@ of its own: no further topic, no request to anybody, and never an owner of anoth
 
 Guaranteed: the addresses are of the last assignment this worker has seen. A worker that came back under its name, but
 at another address, is given what its former life had without the others being told; `has_moved` says so, and joining
-again tells them.
+again tells them. A broker that has just started may not tell of the topic yet; whoever then assigns partitions has
+none to assign, which `lacks_topic` says.
 Not guaranteed: that the worker at an address still owns the partition. It says so itself.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from aiokafka.cluster import ClusterMetadata
 from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment
 from faust.assignor import PartitionAssignor
 from faust.assignor.client_assignment import ClientMetadata
@@ -27,6 +29,19 @@ class AddressAssignor(PartitionAssignor):
 
     #: The group knows this worker by an address that it had before.
     has_moved = False
+    #: This worker assigned the group's partitions last, and knew of none of some topic.
+    lacks_topic = False
+
+    def metadata(self, topics: set[str]) -> Any:
+        """What this worker tells the group as it joins, before anybody assigns; called in the consumer's thread."""
+        self.lacks_topic = False
+        return super().metadata(topics)
+
+    def assign(self, cluster: ClusterMetadata, member_metadata: Any) -> Any:
+        """Assign the partitions, for the whole group; called in the consumer's thread."""
+        topics = {topic for metadata in member_metadata.values() for topic in metadata.subscription}
+        self.lacks_topic = not all(cluster.partitions_for_topic(topic) for topic in topics)
+        return super().assign(cluster, member_metadata)
 
     def on_assignment(self, assignment: Any) -> None:
         """Take what was assigned; called in the consumer's thread."""

@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 #: Each partition's share of this process's time for ending rows is 4 %, in pieces that keep no block waiting for long.
 _SWEEP_INTERVAL_S = 0.05
-_MOVED_INTERVAL_S = 1.0
+_CORRECTED_INTERVAL_S = 1.0
 _SWEEP_BUDGET_MS = 2.0
 
 
@@ -261,6 +261,8 @@ class Worker:
         reasons = []
         if self._versions.serving is None:
             reasons.append("no parameters yet: is the trainer running?")
+        if self.app.assignor.lacks_topic:
+            reasons.append(f"the brokers do not tell of topic {self.settings.topics.events!r}")
         if not self._ownership.is_restored:
             reasons.append("partitions are being assigned and restored")
         return reasons
@@ -273,15 +275,21 @@ class Worker:
         end = self._consumer.highwater_or_none(TP(self.settings.topics.events, number))
         return None if end is None else max(0, end - owned.partition.position)
 
-    async def _tell_address(self) -> None:
-        """Join the group again where it knows this worker by the address of a former life."""
+    async def _correct_group(self) -> None:
+        """Join the group again where it knows this worker by the address of a former life, and look for the topic's
+        partitions again where there were none to assign: the group is joined again as soon as there are."""
         while True:
-            await asyncio.sleep(_MOVED_INTERVAL_S)
+            await asyncio.sleep(_CORRECTED_INTERVAL_S)
             # Asked for until it has happened: a request that comes while the group is being joined is forgotten.
             if self.app.assignor.has_moved:
                 logger.debug("the group is told of this worker's new address %s", self._query.address)
                 thread = self._consumer._thread
                 thread.thread_loop.call_soon_threadsafe(thread._consumer._coordinator.request_rejoin)
+            # The client by itself would ask once in five minutes.
+            if self.app.assignor.lacks_topic:
+                logger.warning("the brokers do not tell of topic %r: asking again", self.settings.topics.events)
+                thread = self._consumer._thread
+                thread.thread_loop.call_soon_threadsafe(thread._consumer._client.force_metadata_update)
 
     # ---------------------------------------------------------------- life
 
@@ -309,7 +317,7 @@ class Worker:
             asyncio.create_task(self._versions.follow()),
             asyncio.create_task(self._sweep_regularly()),
             asyncio.create_task(self._renewal.run()),
-            asyncio.create_task(self._tell_address()),
+            asyncio.create_task(self._correct_group()),
         ]
         try:
             await self.app.maybe_start()

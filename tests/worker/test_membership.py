@@ -7,13 +7,20 @@ import os
 from pathlib import Path
 
 import pytest
+from aiokafka.cluster import ClusterMetadata
+from aiokafka.protocol.metadata import MetadataResponse_v1
+from confluent_kafka.admin import AdminClient, NewTopic
 
 from stream import ports
 from stream.broker import Broker
 from stream.errors import StoreError
+from stream.faust_app import make_app
+from stream.kafka import client_config
 from stream.membership import Membership
 from stream.store import StoreLocked
+from stream.transport import FetchedBlock
 from tests.support.processes import http_get, metric, wait_for
+from tests.support.settings import small_settings
 from tests.worker.conftest import System
 
 
@@ -99,3 +106,52 @@ def test_a_worker_that_is_told_to_stop_leaves_its_partitions_to_others(
         # Then the other has everything
         wait_for(lambda: _has_all(free_port), 60, "the worker that stays serves all partitions")
         assert first.stop() == 0
+
+
+def test_who_assigns_without_knowing_the_topic_says_so() -> None:
+    # Given a member of the group, and a cluster that does not tell of the topic
+    async def take(block: FetchedBlock) -> None: ...
+
+    found = small_settings()
+    assignor = make_app(found, None, take).assignor
+    topic = found.topics.events
+    members = {"member": assignor.metadata({topic})}
+    cluster = ClusterMetadata()
+    # When it assigns the partitions, then it has none and says so, until it knows them
+    assert assignor.assign(cluster, members)["member"].assignment == []
+    assert assignor.lacks_topic
+    # And who joins again, and may find another one assigning, says nothing of it
+    assignor.metadata({topic})
+    assert not assignor.lacks_topic
+    assignor.assign(cluster, members)
+    partitions = [(0, number, 1, [1], [1]) for number in range(2)]
+    cluster.update_metadata(MetadataResponse_v1([(1, "localhost", 9092, None)], 1, [(0, topic, False, partitions)]))
+    assert assignor.assign(cluster, members)["member"].assignment == [(topic, [0, 1])]
+    assert not assignor.lacks_topic
+
+
+def test_partitions_that_the_broker_did_not_tell_of_are_taken_once_it_does(
+    apache_broker: Broker, free_port: int, tmp_path: Path
+) -> None:
+    # Given a worker whose broker no longer knows the topic, so that there is nothing to assign
+    system = System(apache_broker, tmp_path)
+    system.publish_parameters()
+    with system.worker(free_port) as worker:
+        wait_for(lambda: _has_all(free_port), 60, "the worker serves all partitions")
+        events = system.settings.topics.events
+        admin = AdminClient(client_config(system.settings))
+        admin.delete_topics([events])[events].result(30)
+        wait_for(
+            lambda: (
+                metric(free_port, "livestate_partitions_assigned") == 0 and http_get(free_port, "/readyz")[0] == 503
+            ),
+            60,
+            "the worker has no partition and says so",
+        )
+        # When the broker knows it again
+        admin.create_topics([NewTopic(events, 2, 1)])[events].result(30)
+        # Then it is served long before the client would have looked by itself
+        wait_for(lambda: _has_all(free_port), 60, "the worker serves all partitions again")
+        system.publish(300)
+        wait_for(lambda: _position(free_port) == system.published, 60, "all events are applied")
+        assert worker.stop() == 0

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import faust
+from aiokafka.errors import KafkaConnectionError
 from faust.types import TP
 
 from stream.allocator import keep_freed_memory
 from stream.clients import Clients
-from stream.errors import LivestateError, StoreError
+from stream.errors import BrokerError, LivestateError, StoreError
 from stream.faust_app import make_app
 from stream.kafka import ensure_topics, wait_until_reachable
 from stream.membership import Membership, leave_for_good
@@ -320,7 +321,7 @@ class Worker:
             asyncio.create_task(self._correct_group()),
         ]
         try:
-            await self.app.maybe_start()
+            await self._start_app()
             while not stopping.is_set():
                 with_failure = [task for task in background if task.done()]
                 for task in with_failure:
@@ -354,6 +355,13 @@ class Worker:
         if self._failure is not None:
             raise self._failure
 
+    async def _start_app(self) -> None:
+        try:
+            await self.app.maybe_start()
+        except KafkaConnectionError as error:
+            # They were there a moment ago; see `run_worker`.
+            raise BrokerError(f"the brokers at {self.settings.kafka.bootstrap_servers} went away: {error}") from error
+
     async def _stop_flow(self) -> None:
         """No more blocks reach the agent, so that the last checkpoint is the last."""
         self._consumer.stop_flow()
@@ -361,7 +369,10 @@ class Worker:
         self.app.flow_control.clear()
 
     async def _leave(self) -> None:
-        leave_for_good(self._consumer._thread._consumer)
+        consumer = self._consumer._thread._consumer
+        # Without brokers it was never made.
+        if consumer is not None:
+            leave_for_good(consumer)
         try:
             await asyncio.wait_for(self.app.stop(), timeout=self.settings.worker.stop_timeout_s)
         except TimeoutError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from pathlib import Path
@@ -13,12 +14,13 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from stream import ports
 from stream.broker import Broker
-from stream.errors import StoreError
+from stream.errors import BrokerError, StoreError
 from stream.faust_app import make_app
 from stream.kafka import client_config
 from stream.membership import Membership
 from stream.store import StoreLocked
 from stream.transport import FetchedBlock
+from stream.worker import Worker
 from tests.support.processes import http_get, metric, wait_for
 from tests.support.settings import small_settings
 from tests.worker.conftest import System
@@ -106,6 +108,17 @@ def test_a_worker_that_is_told_to_stop_leaves_its_partitions_to_others(
         # Then the other has everything
         wait_for(lambda: _has_all(free_port), 60, "the worker that stays serves all partitions")
         assert first.stop() == 0
+
+
+def test_brokers_that_go_away_as_a_worker_starts_are_named(tmp_path: Path, free_port: int) -> None:
+    # Given a worker that has found its brokers, which are gone when it joins the group
+    found = small_settings(
+        KAFKA__BOOTSTRAP_SERVERS=f"127.0.0.1:{free_port}", WORKER__DATA_DIR=str(tmp_path), WORKER__HTTP_PORT="0"
+    )
+    # Then it ends with what a supervisor starts it again for
+    with pytest.raises(BrokerError, match=rf"the brokers at 127\.0\.0\.1:{free_port} went away") as refused:
+        asyncio.run(Worker(found).run())
+    assert refused.value.exit_code == 3
 
 
 def test_who_assigns_without_knowing_the_topic_says_so() -> None:

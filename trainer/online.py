@@ -155,7 +155,12 @@ class OnlineTrainer:
         self.joiner.waiting = waiting
         self.learners = {
             question.task: TaskLearner(
-                question.task, question.is_state, question.settings, settings.model.seed, question.groups
+                question.task,
+                question.is_state,
+                question.settings,
+                settings.model.seed,
+                question.groups,
+                question.is_number,
             )
             for question in self.questions.tasks
         }

@@ -27,12 +27,14 @@ class Readout:
     """Features of rows.
 
     `names` (F,) names each feature, the memory's by the memory's name; `is_state` (F,) is true of those that say
-    something only together: hidden state and sketches.
+    something only together: hidden state and sketches; `is_number` (F,) of counts, sums, times and other numbers that
+    each say something alone, and not of yes or no.
     """
 
     def __init__(self, layout: Layout) -> None:
         self._hidden = layout.hidden
         names = [f"{STATE}[{i}]" for i in range(layout.hidden)]
+        numbers: set[str] = set()
         statistics: list[int] = []
         shares: list[tuple[int, int]] = []
         place = {operation.memory.name: operation for operation in layout.operations}
@@ -45,6 +47,7 @@ class Readout:
                     shares += [(len(statistics) + at, whole) for at in range(operation.slots)]
                 statistics += range(operation.start, operation.start + operation.slots)
                 names += _slot_names(layout, operation.memory.name, operation.memory.by, operation.memory.modality)
+        numbers.update(names[layout.hidden :])
         for operation in layout.operations:
             if operation.memory.kind == "sketch":
                 self._sketches.append(slice(operation.start, operation.start + operation.slots))
@@ -54,6 +57,7 @@ class Readout:
                 times += range(operation.start, operation.start + 2 * operation.slots, 2)
                 slots = _slot_names(layout, operation.memory.name, operation.memory.by, operation.memory.modality)
                 names += [f"{slot}.{part}" for slot in slots for part in ("hours", "seen")]
+                numbers.update(f"{slot}.hours" for slot in slots)
         self._latest: list[tuple[slice, int]] = []
         for operation in layout.operations:
             if operation.memory.kind == "last":
@@ -62,12 +66,14 @@ class Readout:
                 parts = values or ("value", "seen")
                 kept = range(1, operation.memory.size + 1)
                 names += [f"{operation.memory.name}[{at}].{part}" for at in kept for part in parts]
+                numbers.update(f"{operation.memory.name}[{at}].value" for at in kept if not values)
         self._statistics = np.array(statistics, np.int64)
         self._shares, self._wholes = np.array(shares, np.int64).reshape(-1, 2).T
         self._times = np.array(times, np.int64)
         self.names = tuple(names)
         self.is_state = np.zeros(len(names), np.bool_)
         self.is_state[: layout.hidden] = True
+        self.is_number = np.array([name in numbers for name in names])
         sketched = layout.hidden + len(statistics)
         self.is_state[sketched : sketched + sum(where.stop - where.start for where in self._sketches)] = True
 
@@ -165,7 +171,8 @@ class CategoryCodes:
 class TaskInputs:
     """What a task's head sees of the event that asks for the prediction: the fields named in `inputs`.
 
-    A number is read through a signed logarithm, a category as one column for each declared value.
+    A number is read through a signed logarithm, a category as one column for each declared value; `is_number` says
+    which is which.
     """
 
     def __init__(self, layout: Layout, task: Task) -> None:
@@ -178,6 +185,7 @@ class TaskInputs:
             *(n for n in task.inputs if fields[n].type == "number"),
             *(f"{n}={v}" for n in task.inputs if fields[n].type == "category" for v in fields[n].values),
         )
+        self.is_number = np.arange(len(self.names)) < len(self._numbers)
 
     def values(self, columns: EventColumns, event: NDArray[np.int64]) -> NDArray[np.float32]:
         """(k, inputs) for the events at indices `event` (k,) of the batch; absent fields are zero."""

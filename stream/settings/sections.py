@@ -254,6 +254,10 @@ class Mlp(_Section, frozen=True):
     members: Annotated[int, Meta(ge=1, le=64)] = 4
     #: Hidden units of each one.
     hidden: Annotated[int, Meta(ge=1, le=1024)] = 64
+    #: Each number among the inputs is read once more in so many pieces, from two standard deviations below the usual to
+    #: two above, so that what it says may rise, fall or turn anywhere; 0 for none. Worth its price where much depends
+    #: on counts and times: so many columns more for each of them.
+    pieces: Annotated[int, Meta(ge=0, le=64)] = 0
     #: Share of the inputs left out of a step.
     dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.4
     #: Share of the hidden units left out of a step.

@@ -91,9 +91,11 @@ class Guarded:
     """A learner and its guard, and what became of it."""
 
     def __init__(self, kind: str, head: str, **options: float) -> None:
-        settings = task(kind, head, keep=2000)
+        settings = task(kind, head, keep=2000, pieces=2)
         self._kind = kind
-        self.learner = TaskLearner("answer", np.zeros(WIDTH, np.bool_), settings)
+        # Its last input is yes or no.
+        is_number = np.arange(WIDTH) < WIDTH - 1
+        self.learner = TaskLearner("answer", np.zeros(WIDTH, np.bool_), settings, is_number=is_number)
         self.guard = Guard(self.learner, settings, Trainer(**{"guard_labels": 640, **options}))  # type: ignore[arg-type]
         self.taken = 0
         #: Labels by the time it held back first, and went back first.

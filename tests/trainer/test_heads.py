@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from stream.errors import ParametersError, SettingsError, StoreError
 from stream.metrics import TrainerMetrics
-from stream.model.heads import Head, Questions
+from stream.model.heads import Head, Questions, with_pieces
 from stream.model.layout import Layout
 from stream.model.parameters import ParameterSet
 from stream.settings import Task, parse
@@ -34,7 +34,7 @@ HEADS = {
 CASES = [(kind, head) for kind, heads in HEADS.items() for head in heads]
 
 
-def task(kind: str, head: str, keep: int = 400) -> Task:
+def task(kind: str, head: str, keep: int = 400, pieces: int = 0) -> Task:
     parts = ", ".join(f'"{part}"' for part in head.split(", "))
     text = f"""
     [modalities.send]
@@ -48,6 +48,7 @@ def task(kind: str, head: str, keep: int = 400) -> Task:
     keep_examples = {keep}
     [tasks.answer.mlp]
     hidden = 8
+    pieces = {pieces}
     dropout = 0.1
     hidden_dropout = 0.1
     learning_rate = 0.02
@@ -151,6 +152,52 @@ def test_a_head_goes_on_bit_for_bit_from_its_checkpoint(kind: str, head: str, tm
     other = task(kind, "mlp" if head != "mlp" else "gbdt", keep=300)
     with pytest.raises(StoreError, match="was made with"):
         TaskLearner("answer", np.zeros(WIDTH, np.bool_), other).load(database)
+    database.close()
+
+
+def test_numbers_are_read_in_pieces_between_two_standard_deviations() -> None:
+    # Given two inputs and a one, of which the second is a number
+    x = np.array([[7.0, -3.0, 1.0], [7.0, -0.5, 1.0], [7.0, 1.0, 1.0], [7.0, 6.0, 1.0]])
+    # Then four pieces are each passed in turn, and the one stays last
+    found = with_pieces(x, np.array([1]), 4)
+    pieces = [[0.0, 0.0, 0.0, 0.0], [1.0, 0.5, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]]
+    np.testing.assert_array_equal(found[:, 2:6], pieces)
+    np.testing.assert_array_equal(found[:, [0, 1, 6]], x)
+    # And without pieces or numbers all stays as it is
+    assert with_pieces(x, np.array([1]), 0) is x
+    assert with_pieces(x, np.zeros(0, np.int64), 4) is x
+
+
+def test_what_turns_twice_is_learned_in_pieces(tmp_path: Path) -> None:
+    # Given labels that are true where the first input is about one standard deviation from its mean, either way
+    random = np.random.default_rng(5)
+    x = random.normal(size=(3000, WIDTH)).astype(np.float32)
+    labels = (np.abs(np.abs(x[:, 0]) - 1.0) < 0.4).tolist()
+    is_number = np.array([True, False, True, False])
+    heads = {}
+    database = Database(tmp_path / "db")
+    for pieces in (0, 8):
+        settings = task("binary", "mlp", keep=3000, pieces=pieces)
+        learner = TaskLearner("answer", np.zeros(WIDTH, np.bool_), settings, is_number=is_number)
+        teach(learner, x[:2000], labels[:2000])
+        # When each goes on from its checkpoint after two thirds of them
+        changes: Changes = {}
+        learner.save(changes)
+        database.write(changes)
+        learner = TaskLearner("answer", np.zeros(WIDTH, np.bool_), settings, is_number=is_number)
+        learner.load(database)
+        heads[pieces] = Head("answer", settings, ParameterSet(learner.head()), WIDTH, is_number=is_number)
+    # Then pieces tell what so few hidden units do not
+    said = {pieces: auc(np.array(labels[2000:]), head.predict(x[2000:])[:, 0]) for pieces, head in heads.items()}
+    assert said[8] > said[0] + 0.03
+    # And one row at a time as many at once
+    each = [heads[8].predict(row[None]) for row in x[:20]]
+    assert np.array_equal(np.concatenate(each), heads[8].predict(x[:20]))
+    # And a checkpoint of other pieces, or a head of other numbers, is refused
+    with pytest.raises(StoreError, match=r"restore members, hidden and pieces of tasks\.answer\.mlp"):
+        TaskLearner("answer", np.zeros(WIDTH, np.bool_), task("binary", "mlp", keep=3000)).load(database)
+    with pytest.raises(ParametersError, match="the settings describe"):
+        Head("answer", settings, ParameterSet(learner.head()), WIDTH)
     database.close()
 
 

@@ -254,13 +254,18 @@ HEADS = {
     "classes": 'kind = "multiclass"\nclasses = ["u", "v", "w"]\nhead = ["logistic", "mlp"]',
     "values": 'kind = "regression"\nhead = ["linear", "mlp"]',
     "tables": 'tables = ["kind"]\ntable_admission = 1',
+    "pieces": 'head = "mlp"',
 }
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_losses_are_of_the_predictions_that_are_served(tmp_path: Path, head: str) -> None:
     # Given heads of every kind that have learned something
-    found = parse(TOML.replace('on = "ask"', f'on = "ask"\n{HEADS[head]}'), {})
+    text = TOML.replace('on = "ask"', f'on = "ask"\n{HEADS[head]}')
+    if head == "pieces":
+        text = text.replace("[tasks.first.mlp]", "[tasks.first.mlp]\npieces = 4")
+        text += '[[memory]]\nname = "steps"\nmodality = "step"\nkind = "count"\n'
+    found = parse(text, {})
     clients = Clients(tmp_path, found, refuse_nothing)
     clients.give(200)
     trainer = clients.trainer

@@ -17,7 +17,8 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from stream.model.heads import mlp_tensors, standardise
+from stream.errors import StoreError
+from stream.model.heads import mlp_tensors, standardise, with_pieces
 from stream.model.parameters import Tensor
 from stream.settings import Task
 from trainer.checkpoint import pack_array, unpack_array
@@ -38,6 +39,7 @@ class MlpLearner:
     Parameters
     ----------
     sees: (F,) which of the task's inputs it sees.
+    is_number: (F,) which inputs it reads in pieces as well.
     standardiser: fixed before the first label is given to `learn`.
     examples: where each label is before it is given to `learn`.
     seed: of every random choice.
@@ -48,6 +50,7 @@ class MlpLearner:
         task: str,
         settings: Task,
         sees: NDArray[np.bool_],
+        is_number: NDArray[np.bool_],
         standardiser: Standardiser,
         examples: Examples,
         seed: int,
@@ -56,7 +59,10 @@ class MlpLearner:
         self._kind = settings.kind
         self._mlp = settings.mlp
         self._sees = sees
-        self._width = width = int(sees.sum())
+        self._numbers = np.flatnonzero(is_number[sees])
+        #: Which of the columns that are served it reads.
+        self._reads = np.concatenate([sees, np.repeat(sees[is_number], self._mlp.pieces), [True]])
+        self._width = width = int(self._reads.sum()) - 1
         self._outputs = max(1, len(settings.classes))
         self._standardiser = standardiser
         self._examples = examples
@@ -108,9 +114,9 @@ class MlpLearner:
         batch = self._examples.take(np.concatenate([new, replayed]))
         sees = self._sees
         inputs = batch.inputs if sees.all() else batch.inputs[:, sees]
-        x = standardise(inputs, center[sees], scale[sees]).astype(np.float32)
+        x = with_pieces(standardise(inputs, center[sees], scale[sees]), self._numbers, self._mlp.pieces)
         with np.errstate(over="ignore", invalid="ignore"):
-            gradient = self._gradient(x, batch, len(new) * (1 + self._mlp.replay), random)
+            gradient = self._gradient(x.astype(np.float32), batch, len(new) * (1 + self._mlp.replay), random)
             norm = float(np.sqrt(np.square(gradient, dtype=np.float64).sum()))
         if not np.isfinite(norm):
             return len(new)
@@ -180,8 +186,8 @@ class MlpLearner:
             mean, spread = self._spread()
             last = last * np.float32(spread)
             last[:, -1] += np.float32(mean)
-        whole = np.zeros((len(self._sees) + 1, first.shape[1]), np.float32)
-        whole[np.append(self._sees, True)] = first
+        whole = np.zeros((len(self._reads), first.shape[1]), np.float32)
+        whole[self._reads] = first
         return mlp_tensors(self._task, center, scale, {"input": whole, "output": last.copy()})
 
     def save(self) -> dict[str, bytes]:
@@ -190,7 +196,14 @@ class MlpLearner:
         return {"mlp": pack_array(flat), "mlp-counts": counts}
 
     def load(self, load: Load) -> None:
-        self._weights, self._momentum, self._squares, self._average = (row.copy() for row in unpack_array(load("mlp")))
+        flat = unpack_array(load("mlp"))
+        if flat.shape[1] != len(self._weights):
+            raise StoreError(
+                f"task {self._task!r}: the networks of its head mlp have {len(self._weights)} weights, those of the "
+                f"checkpoint {flat.shape[1]}: restore members, hidden and pieces of tasks.{self._task}.mlp, or use "
+                f"another trainer.data_dir"
+            )
+        self._weights, self._momentum, self._squares, self._average = (row.copy() for row in flat)
         self._steps, self._taken, self.behind, moments = msgpack.unpackb(load("mlp-counts"))
         self._moments = np.array(moments)
 

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from stream.model.heads import knots
 from stream.model.heads.scores import CLIP
 from stream.model.parameters import Tensor
 from trainer.learner.task import TaskLearner
@@ -57,7 +58,7 @@ def scores(
         if f"head/{task}/mlp/input" in tensors:
             first = torch.from_numpy(tensors[f"head/{task}/mlp/input"].astype(np.float64))
             last = torch.from_numpy(tensors[f"head/{task}/mlp/output"].astype(np.float64))
-            units = (x @ first).relu().reshape(len(x), len(last), -1)
+            units = (_with_pieces(learner, x) @ first).relu().reshape(len(x), len(last), -1)
             found.append(torch.einsum("kmh,mho->ko", units, last[:, :-1]) / len(last) + last[:, -1].mean(dim=0))
         else:
             weight = torch.from_numpy(np.atleast_2d(tensors[f"head/{task}/weight"]).astype(np.float64))
@@ -65,6 +66,16 @@ def scores(
             sums = x @ weight.T + torch.from_numpy(np.stack(effects))
             found.append(sums if len(weight) == 1 else nn.functional.logsigmoid(sums))
     return torch.stack(found).mean(dim=0)
+
+
+def _with_pieces(learner: TaskLearner, x: torch.Tensor) -> torch.Tensor:
+    """`stream.model.heads.with_pieces` as torch computes it."""
+    if not learner.pieces or not learner.is_number.any():
+        return x
+    at = torch.from_numpy(knots(learner.pieces))
+    numbers = torch.from_numpy(np.flatnonzero(learner.is_number))
+    through = ((x[:, numbers, None] - at[:-1]) / (at[1] - at[0])).clamp(0.0, 1.0).reshape(len(x), -1)
+    return torch.cat([x[:, :-1], through, x[:, -1:]], dim=1)
 
 
 def losses(said: torch.Tensor, kind: str, target: torch.Tensor, offset: float, variance: float) -> torch.Tensor:

@@ -47,6 +47,7 @@ class TaskLearner:
     is_state: (F,) which of the head's inputs are hidden state or sketch.
     seed: of every random choice.
     groups: (F,) which group each input belongs to; needed where a part leaves some out.
+    is_number: (F,) which inputs are numbers that say something alone; by default all.
 
     `learned` and `dropped` count since the program started; `included` lists Kafka's times of the feedback
     that some part has and no published version has yet.
@@ -59,10 +60,12 @@ class TaskLearner:
         settings: Task,
         seed: int = 0,
         groups: NDArray[np.str_] | None = None,
+        is_number: NDArray[np.bool_] | None = None,
     ) -> None:
         self.task = task
         self.kind = settings.kind
         self.width = len(is_state)
+        self.is_number = np.ones(self.width, np.bool_) if is_number is None else is_number
         self._settings = settings
         self._outputs = max(1, len(settings.classes))
         self.standardiser = Standardiser(self.width, settings.standardise_after)
@@ -96,8 +99,13 @@ class TaskLearner:
             return LinearLearner(self.task, settings, is_state, self.tables, sees)
         assert self.examples is not None
         if name == "mlp":
-            return MlpLearner(self.task, settings, sees, self.standardiser, self.examples, seed)
+            return MlpLearner(self.task, settings, sees, self.is_number, self.standardiser, self.examples, seed)
         return TreesLearner(self.task, settings, sees, self.examples, seed)
+
+    @property
+    def pieces(self) -> int:
+        """In how many pieces the part `mlp` reads each number."""
+        return self._settings.mlp.pieces
 
     @property
     def labels(self) -> int:

@@ -43,6 +43,7 @@ class Again:
     Parameters
     ----------
     is_state: (F,) which inputs are hidden state or sketch.
+    is_number: (F,) which are numbers that say something alone.
     groups: (F,) which group each input belongs to; see `stream.model.readout.group_names`.
     seed: that of the trainer's settings.
     """
@@ -50,6 +51,7 @@ class Again:
     task: str
     settings: Task
     is_state: NDArray[np.bool_]
+    is_number: NDArray[np.bool_]
     groups: NDArray[np.str_]
     seed: int
     examples: AnsweredExamples
@@ -68,7 +70,9 @@ class Again:
                 f"tasks.{question.task}.standardise_after says"
             )
         own = msgspec.structs.replace(question.settings, tables=[])
-        return cls(question.task, own, question.is_state, question.groups, settings.model.seed, examples)
+        return cls(
+            question.task, own, question.is_state, question.is_number, question.groups, settings.model.seed, examples
+        )
 
     @property
     def outputs(self) -> int:
@@ -85,7 +89,13 @@ class Again:
         """The same with those of the inputs alone; bool[F]."""
         one = self.examples
         part = replace(one, inputs=one.inputs[:, inputs], center=one.center[inputs], scale=one.scale[inputs], names=())
-        return replace(self, is_state=self.is_state[inputs], groups=self.groups[inputs], examples=part)
+        return replace(
+            self,
+            is_state=self.is_state[inputs],
+            is_number=self.is_number[inputs],
+            groups=self.groups[inputs],
+            examples=part,
+        )
 
     def frozen_at(self, at_ms: int, passed: Passed = _unheard) -> Floats:
         """(n, outputs) what the head that stopped learning at `at_ms` says of every example, before and after; it has
@@ -146,7 +156,9 @@ class _Walk:
 
     def __init__(self, again: Again) -> None:
         self._again = again
-        self._learner = TaskLearner(again.task, again.is_state, again.settings, again.seed, again.groups)
+        self._learner = TaskLearner(
+            again.task, again.is_state, again.settings, again.seed, again.groups, again.is_number
+        )
         self._learner.standardiser.center, self._learner.standardiser.scale = (
             again.examples.center,
             again.examples.scale,
@@ -188,7 +200,9 @@ class _Walk:
         # What did not change stays the same object: reading trees takes longer than comparing them.
         self._tensors = {name: _same(self._tensors.get(name), tensor) for name, tensor in now.items()}
         again = self._again
-        head = Head(again.task, again.settings, ParameterSet(self._tensors), len(again.is_state), self._head)
+        head = Head(
+            again.task, again.settings, ParameterSet(self._tensors), len(again.is_state), self._head, again.is_number
+        )
         self._head = head if head.parts else None
 
     def close(self) -> None:

@@ -43,6 +43,7 @@ class Head:
     ----------
     width: number of inputs, F.
     before: the head that served until now, if there is one.
+    is_number: (F,) which inputs are numbers that say something alone; by default all.
 
     Raises
     ------
@@ -51,22 +52,35 @@ class Head:
     """
 
     def __init__(
-        self, task: str, settings: Task, parameters: ParameterSet, width: int, before: Head | None = None
+        self,
+        task: str,
+        settings: Task,
+        parameters: ParameterSet,
+        width: int,
+        before: Head | None = None,
+        is_number: NDArray[np.bool_] | None = None,
     ) -> None:
+        is_number = np.ones(width, np.bool_) if is_number is None else is_number
         self._kind = settings.kind
         self.outputs = len(output_names(task, settings))
         self._categories = Categories(task, settings, parameters, self.outputs) if settings.tables else None
         self.parts: dict[str, Part] = {}
         for name in settings.parts:
             if all(tensor in parameters for tensor in part_names(task, name)):
-                self.parts[name] = self._part(name, task, settings, parameters, width, before)
+                self.parts[name] = self._part(name, task, settings, parameters, is_number, before)
 
     def _part(
-        self, name: str, task: str, settings: Task, parameters: ParameterSet, width: int, before: Head | None
+        self,
+        name: str,
+        task: str,
+        settings: Task,
+        parameters: ParameterSet,
+        is_number: NDArray[np.bool_],
+        before: Head | None,
     ) -> Part:
+        width = len(is_number)
         if name == "mlp":
-            mlp = settings.mlp
-            return MlpPart(task, parameters, width, self.outputs, mlp.members, mlp.hidden)
+            return MlpPart(task, parameters, is_number, self.outputs, settings.mlp)
         if name == "gbdt":
             served = before.parts.get(name) if before is not None else None
             return TreesPart(task, parameters, width, self.outputs, served if isinstance(served, TreesPart) else None)

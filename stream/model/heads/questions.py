@@ -36,6 +36,10 @@ class TaskQuestion:
         self.names = (*readout.names, *of_event)
         #: (F,) which inputs are hidden state or sketch.
         self.is_state = np.concatenate([readout.is_state, np.zeros(len(of_event), np.bool_)])
+        #: (F,) which of them are numbers that say something alone; see `Readout`.
+        self.is_number = np.concatenate(
+            [readout.is_number, self._inputs.is_number, np.ones(len(self._matches.names), np.bool_)]
+        )
         #: (F,) the group of each one; see `group_names`.
         self.groups = group_names(self.names)
         #: How its predictions are called on the embeddings topic and over HTTP.
@@ -80,7 +84,7 @@ class TaskQuestion:
         ------
         ParametersError: a tensor does not fit the settings.
         """
-        head = Head(self.task, self.settings, parameters, self.width, self._before)
+        head = Head(self.task, self.settings, parameters, self.width, self._before, self.is_number)
         self._before = head
         return head if head.parts else None
 

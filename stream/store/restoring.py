@@ -49,11 +49,14 @@ def restore(core: Core, keys: Sequence[bytes], values: Sequence[bytes | None], m
     stored = np.full(n, np.iinfo(np.int64).min, np.int64)
     row_on_disk = np.zeros(n, np.bool_)
     known = np.zeros(n, np.bool_)
+    # Where disk's queue of ages has the key at most; a row deleted and made again by a late event is before that.
+    queued = np.full(n, np.iinfo(np.int64).max, np.int64)
     if core.disk is not None:
         disk_at, disk_values = core.stored(packed)
         disk_headers = rows.read_headers(disk_values, core.origin)
         known[disk_at] = True
         stored[disk_at] = disk_headers["applied_offset"]
+        queued[disk_at] = core.aged_of(disk_headers)
         row_on_disk[disk_at] = disk_headers["kind"] == rows.ROW
     was_live = row_on_disk.copy()
     if core.cold is not None and len(core.cold):
@@ -87,7 +90,7 @@ def restore(core: Core, keys: Sequence[bytes], values: Sequence[bytes | None], m
             batch.put("rows", key, value)
         if known[i]:
             batch.delete("owed", key)
-        elif value is not None and core.aged:
+        if value is not None and core.aged and times[i] < queued[i]:
             batch.put("ages", age_key(int(times[i]), key), b"")
             core.note_age(int(times[i]))
     core.floor.stored(int(times[wins & is_row].max(initial=-(2**63))))

@@ -394,5 +394,24 @@ def test_a_replay_leaves_no_row_where_its_last_event_came_too_late(machine: Repl
     machine.scan_is_complete()
 
 
+def test_a_restore_queues_a_row_made_again_by_a_late_event_at_its_own_age(machine: ReplayMachine) -> None:
+    machine.open(memory_rows=1, ttl=20, event_ttls=(), threshold=1, cold_rows=None, one_hash=False)
+    for events in (
+        [Event(b"a", 61, 1.0, False)],
+        [Event(b"a", 51, 1.0, True), Event(b"a", 40, 1.0, False)],
+    ):
+        machine.publish(events=events, batch=1, jump=0)
+        # So that a restore, three records at a time, meets the second record by itself.
+        machine.changelog += [(b"other", None)] * 3
+        machine.freeze(False)
+        machine.commit("no")
+    machine.publish(events=[Event(b"bb", 61, 1.0, False)], batch=1, jump=0)
+    machine.freeze(False)
+    machine.commit("no")
+    machine.kill(disk_lost=True)
+    machine.sweep(1000.0)
+    assert machine.published == {b"bb"}
+
+
 def test_packed_keys_are_what_the_machine_uses() -> None:
     assert PackedKeys.from_list(KEYS).to_list() == KEYS

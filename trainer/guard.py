@@ -222,14 +222,7 @@ class Guard:
             self._run = [0.0, 0.0, 0.0]
 
     def _head(self, tensors: dict[str, Tensor], rows: dict[str, RowTable], before: Head | None) -> Head:
-        return Head(
-            self._task_name,
-            self._task,
-            ParameterSet(tensors, 0, rows),
-            self._learner.width,
-            before,
-            self._learner.is_number,
-        )
+        return Head(self._task_name, self._task, ParameterSet(tensors, 0, rows), self._learner.is_number, before)
 
     def _losses(self, said: NDArray[np.float32], targets: NDArray[np.float64]) -> NDArray[np.float64]:
         outputs = said.astype(np.float64)

@@ -86,7 +86,7 @@ def teach(learner: TaskLearner, x: NDArray[np.float32], labels: Sequence[Label],
 
 
 def served(learner: TaskLearner, settings: Task) -> Head:
-    return Head("answer", settings, ParameterSet(learner.head()), WIDTH)
+    return Head("answer", settings, ParameterSet(learner.head()), np.ones(WIDTH, np.bool_))
 
 
 @pytest.mark.parametrize(("kind", "head"), CASES)
@@ -186,7 +186,7 @@ def test_what_turns_twice_is_learned_in_pieces(tmp_path: Path) -> None:
         database.write(changes)
         learner = TaskLearner("answer", np.zeros(WIDTH, np.bool_), settings, is_number=is_number)
         learner.load(database)
-        heads[pieces] = Head("answer", settings, ParameterSet(learner.head()), WIDTH, is_number=is_number)
+        heads[pieces] = Head("answer", settings, ParameterSet(learner.head()), is_number)
     # Then pieces tell what so few hidden units do not
     said = {pieces: auc(np.array(labels[2000:]), head.predict(x[2000:])[:, 0]) for pieces, head in heads.items()}
     assert said[8] > said[0] + 0.03
@@ -197,7 +197,7 @@ def test_what_turns_twice_is_learned_in_pieces(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"restore members, hidden and pieces of tasks\.answer\.mlp"):
         TaskLearner("answer", np.zeros(WIDTH, np.bool_), task("binary", "mlp", keep=3000)).load(database)
     with pytest.raises(ParametersError, match="the settings describe"):
-        Head("answer", settings, ParameterSet(learner.head()), WIDTH)
+        Head("answer", settings, ParameterSet(learner.head()), np.ones(WIDTH, np.bool_))
     database.close()
 
 
@@ -340,9 +340,14 @@ def test_a_model_of_other_inputs_is_refused() -> None:
     tensors = learner.head()
     wrong = {**tensors, "head/answer/center": np.zeros(WIDTH + 1)}
     with pytest.raises(ParametersError, match="a model of 4 inputs and 1 outputs: the settings describe 5 and 1"):
-        Head("answer", settings, ParameterSet(wrong), WIDTH + 1)
+        Head("answer", settings, ParameterSet(wrong), np.ones(WIDTH + 1, np.bool_))
     with pytest.raises(ParametersError, match="no model that LightGBM can read"):
-        Head("answer", settings, ParameterSet({**tensors, "head/answer/gbdt/text": np.zeros(5, np.uint8)}), WIDTH)
+        Head(
+            "answer",
+            settings,
+            ParameterSet({**tensors, "head/answer/gbdt/text": np.zeros(5, np.uint8)}),
+            np.ones(WIDTH, np.bool_),
+        )
 
 
 TASKS = """

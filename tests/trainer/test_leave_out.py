@@ -40,8 +40,8 @@ def test_what_is_left_out_has_no_say(kind: str, head: str) -> None:
     teach(theirs, x[:, KEPT], labels)
     for learner in (ours, theirs):
         learner.close()
-    served = Head("answer", settings, ParameterSet(ours.head()), WIDTH)
-    alone = Head("answer", task(kind, head), ParameterSet(theirs.head()), len(KEPT))
+    served = Head("answer", settings, ParameterSet(ours.head()), np.ones(WIDTH, np.bool_))
+    alone = Head("answer", task(kind, head), ParameterSet(theirs.head()), np.ones(len(KEPT), np.bool_))
     assert list(served.parts) == head.split(", ")
     # Then what it predicts is the same, bit for bit where the sums have the same terms, whatever is left out
     others, _ = examples(kind, 200, seed=1)
@@ -69,12 +69,12 @@ def test_each_part_leaves_out_its_own(parts: tuple[str, ...]) -> None:
     others, _ = examples("binary", 50, seed=1)
     moved = others.copy()
     moved[:, 0] += 1.0
-    head = Head("answer", settings, ParameterSet(learner.head()), WIDTH)
+    head = Head("answer", settings, ParameterSet(learner.head()), np.ones(WIDTH, np.bool_))
     before, after = head.predict_parts(others)[1], head.predict_parts(moved)[1]
     for part in both.parts:
         assert np.array_equal(before[part], after[part]) == (part in parts)
     # And the other is what it is beside a part that sees everything
-    plain = Head("answer", both, ParameterSet(whole.head()), WIDTH).predict_parts(others)[1]
+    plain = Head("answer", both, ParameterSet(whole.head()), np.ones(WIDTH, np.bool_)).predict_parts(others)[1]
     for part in both.parts:
         assert np.array_equal(before[part], plain[part]) == (part not in parts)
 

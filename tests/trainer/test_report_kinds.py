@@ -112,7 +112,7 @@ class Recorded:
 
     def head(self, task: str) -> Head:
         one = self.questions.by_task[task]
-        return Head(task, one.settings, ParameterSet(self.tensors), one.width)
+        return Head(task, one.settings, ParameterSet(self.tensors), np.ones(one.width, np.bool_))
 
 
 def labels_of(amount: float, random: np.random.Generator) -> dict[str, Label]:

@@ -48,7 +48,7 @@ def taught(head: str, rate: float, corrected: bool) -> tuple[float, float]:
             offset = sampling.log_odds_offset if corrected else 0.0
             learner.learn(x[i], bool(labels[i]), 1.0, 0.1, 0, log_odds_offset=offset, final_ms=i)
     others, truth = draws(20_000, 1)
-    said = Head("t", head_settings, ParameterSet(learner.head()), WIDTH).predict(others)[:, 0]
+    said = Head("t", head_settings, ParameterSet(learner.head()), np.ones(WIDTH, np.bool_)).predict(others)[:, 0]
     learner.close()
     return expected_calibration_error(truth, said), auc(truth, said)
 

@@ -200,9 +200,7 @@ class _Walk:
         # What did not change stays the same object: reading trees takes longer than comparing them.
         self._tensors = {name: _same(self._tensors.get(name), tensor) for name, tensor in now.items()}
         again = self._again
-        head = Head(
-            again.task, again.settings, ParameterSet(self._tensors), len(again.is_state), self._head, again.is_number
-        )
+        head = Head(again.task, again.settings, ParameterSet(self._tensors), again.is_number, self._head)
         self._head = head if head.parts else None
 
     def close(self) -> None:

@@ -58,9 +58,7 @@ def fitted_anew(again: Again, times_ms: NDArray[np.int64], passed: Callable[[flo
         asked = np.flatnonzero(usable & (examples.as_of_ms >= start) & (examples.as_of_ms < end))
         if len(asked) and _is_enough(settings.kind, again.outputs, targets[known]):
             parameters = ParameterSet(fit.tensors(known, targets[known]))
-            out[asked] = Head(again.task, serves, parameters, len(again.is_state), None, again.is_number).predict(
-                examples.inputs[asked]
-            )
+            out[asked] = Head(again.task, serves, parameters, again.is_number).predict(examples.inputs[asked])
     return out
 
 

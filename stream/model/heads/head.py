@@ -41,9 +41,8 @@ class Head:
 
     Parameters
     ----------
-    width: number of inputs, F.
+    is_number: (F,) which inputs are numbers that say something alone; see `Readout`.
     before: the head that served until now, if there is one.
-    is_number: (F,) which inputs are numbers that say something alone; by default all.
 
     Raises
     ------
@@ -56,11 +55,9 @@ class Head:
         task: str,
         settings: Task,
         parameters: ParameterSet,
-        width: int,
+        is_number: NDArray[np.bool_],
         before: Head | None = None,
-        is_number: NDArray[np.bool_] | None = None,
     ) -> None:
-        is_number = np.ones(width, np.bool_) if is_number is None else is_number
         self._kind = settings.kind
         self.outputs = len(output_names(task, settings))
         self._categories = Categories(task, settings, parameters, self.outputs) if settings.tables else None

@@ -84,7 +84,7 @@ class TaskQuestion:
         ------
         ParametersError: a tensor does not fit the settings.
         """
-        head = Head(self.task, self.settings, parameters, self.width, self._before, self.is_number)
+        head = Head(self.task, self.settings, parameters, self.is_number, self._before)
         self._before = head
         return head if head.parts else None
 

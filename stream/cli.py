@@ -13,6 +13,10 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 
+# Read when numpy is imported. Products here are small: a second thread saves little on a core of its own, waits for one
+# where there is none, and adds in another order, so that bits would depend on the machine.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from stream.commands import register
 from stream.commands.common import EXAMPLE, add_settings, configure_logging, settings_of
 from stream.errors import LivestateError

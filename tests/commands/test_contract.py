@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +71,21 @@ def test_an_unknown_command_is_code_2(run: Run) -> None:
     done = run("no-such-command")
     assert done.code == 2
     assert "invalid choice: 'no-such-command'" in done.err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux does")
+def test_a_command_does_products_on_one_thread() -> None:
+    # Given a process that is a command, with an environment that says nothing of it
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    product = "import numpy as np; a = np.ones((700, 700)); a @ a"
+    count = "import os; print(len(os.listdir('/proc/self/task')))"
+    counted = {
+        first: subprocess.run(
+            [sys.executable, "-c", f"{first}; {product}; {count}"],
+            env=environment, check=True, capture_output=True, text=True,
+        ).stdout.strip()
+        for first in ("pass", "import stream.cli")
+    }  # fmt: skip
+    # Then it has one thread, where another program has more if there are cores
+    assert counted["import stream.cli"] == "1"
+    assert (int(counted["pass"]) > 1) == (len(os.sched_getaffinity(0)) > 1)

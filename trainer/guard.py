@@ -1,7 +1,9 @@
 """The guard: what a task learned is not published while it proves worse than a good state from before, and is given up.
 
 Of every task a good state is kept: what its learner was some labels ago. Each answered example is predicted twice, by
-what would be published now and by the good state, and the two losses are compared as `trainer.evidence` says. Where
+what the learner is now and by the good state, and the two losses are compared as `trainer.evidence` says. (Of labels
+that are one update, see `trainer.learner.logistic`, the others of that moment do not count for what it is now: none was
+known when they were predicted.) Where
 the present one is worse by more than the tolerance, the task's part of a version is held back; where the proof grows a
 hundred times stronger still, the learner goes back to the good state and learns on from there. Every `guard_labels`
 labels the good state is replaced by what the learner was that many labels ago, which has stood the test since.
@@ -44,7 +46,7 @@ __all__ = ["CHUNK", "Guard", "is_finite"]
 
 logger = logging.getLogger(__name__)
 
-#: Labels that are looked at together, with the head as it was before the first of them.
+#: Labels that are looked at together, with the head as it was before the first of them and before its moment.
 CHUNK = 64
 #: A learner goes back when the evidence is so many times what holds it back.
 _STRONGER = 100.0
@@ -133,7 +135,7 @@ class Guard:
         if not np.isfinite(inputs).all():
             return
         if not self._present:
-            self._open(self._learner.head())
+            self._open(self._learner.head(settled=True))
         if not self._present:
             return
         rows = [table.read(key) for table, key in zip(self._learner.tables, keys, strict=True)]
@@ -151,7 +153,7 @@ class Guard:
         """Decide, where enough was taken, after it was learned from; True where the learner went back."""
         if not self._chunk.is_full:
             return False
-        present = self._learner.head()
+        present = self._learner.head(settled=True)
         if not is_finite(present):
             self._go_back("what it would serve is not finite")
             return True
@@ -168,7 +170,7 @@ class Guard:
         self._since += CHUNK
         # Not while something speaks against the present: it may be in what would be the good state next.
         if self._since >= self._every and found < self._hold_at / 2.0:
-            self._renew(present)
+            self._renew(self._learner.head())
         self._open(present)
         return False
 

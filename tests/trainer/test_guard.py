@@ -101,13 +101,14 @@ class Guarded:
         #: Labels by the time it held back first, and went back first.
         self.held_at = self.returned_at = 0
 
-    def give(self, count: int, spoilt: bool = False) -> None:
+    def give(self, count: int, spoilt: bool = False, moment: int = 1) -> None:
+        """moment: how many labels are final together."""
         x, labels = examples(self._kind, count, seed=self.taken)
         for row, label in zip(x, wrong(self._kind, labels) if spoilt else labels, strict=True):
             self.taken += 1
             self.learner.observe(row)
             self.guard.take(row, self.learner.target(label), ())
-            self.learner.learn(row, label, 1.0, math.nan, 0, final_ms=1000 * self.taken)
+            self.learner.learn(row, label, 1.0, math.nan, 0, final_ms=1000 * (self.taken // moment))
             if self.guard.judge():
                 self.returned_at = self.returned_at or self.taken
             if self.guard.is_holding:
@@ -147,6 +148,19 @@ def test_a_stretch_of_wrong_labels_is_given_up_and_a_changed_world_is_not(
     assert (other.held_at, other.returned_at, other.guard.returns) == (0, 0, 0)
     for guarded in (one, other):
         guarded.learner.close()
+
+
+def test_a_campaign_of_wrong_labels_is_given_up() -> None:
+    # Given a learner of campaigns, each of which is one update, that knows its task
+    one = Guarded("binary", "logistic")
+    one.give(2_000, moment=200)
+    assert (one.held_at, one.returned_at) == (0, 0)
+    # When all labels of some campaigns are wrong, and of those after them right
+    one.give(600, spoilt=True, moment=200)
+    assert (one.held_at, one.returned_at) == (0, 0)
+    one.give(1_400, moment=200)
+    # Then what was learned from them is given up
+    assert one.guard.returns == 1
 
 
 def test_a_new_learner_is_left_alone() -> None:

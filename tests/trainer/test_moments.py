@@ -166,6 +166,20 @@ def test_what_is_served_within_a_moment_is_the_update_by_the_labels_that_have_co
     np.testing.assert_allclose(half.head()["head/answer/weight"], direct.mean, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["binary", "multiclass"])
+def test_the_settled_head_has_the_moments_that_are_over(kind: str) -> None:
+    # Given a learner in the middle of its second moment, and one that has only the first
+    taught = examples(kind, 60)
+    half, first = learner(kind), learner(kind)
+    teach(half, range(20), taught, 1000)
+    teach(half, range(20, 40), taught, 2000)
+    teach(first, range(20), taught, 1000)
+    # Then without what may still grow it is what that one serves, and its own head is another
+    settled = {name: tensor.tobytes() for name, tensor in half.head(settled=True).items()}
+    assert settled == tensors(first)
+    assert settled != tensors(half)
+
+
 def test_a_moment_of_more_labels_than_are_kept_is_an_update_for_each_so_many() -> None:
     # Given more labels of one moment than are kept for it
     n, most = 5000, 4096

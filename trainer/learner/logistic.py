@@ -300,8 +300,8 @@ class LogisticLearner:
         write_effects(self._tables, keys, effects)
         return int(not all(taken))
 
-    def tensors(self, center: Floats, scale: Floats) -> dict[str, Tensor]:
-        means = [posterior.mean for posterior in self.posteriors]
+    def tensors(self, center: Floats, scale: Floats, *, settled: bool = False) -> dict[str, Tensor]:
+        means = [posterior.mean for posterior in (self._before if settled else self.posteriors)]
         return linear_tensors(self._task, center, scale, np.stack(means) if self._classes else means[0])
 
     def save(self) -> dict[str, bytes]:
@@ -347,7 +347,7 @@ class LinearLearner:
         write_effects(self._tables, keys, effects)
         return int(not taken)
 
-    def tensors(self, center: Floats, scale: Floats) -> dict[str, Tensor]:
+    def tensors(self, center: Floats, scale: Floats, *, settled: bool = False) -> dict[str, Tensor]:
         return linear_tensors(self._task, center, scale, self.posterior.mean)
 
     def save(self) -> dict[str, bytes]:

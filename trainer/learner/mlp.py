@@ -178,7 +178,7 @@ class MlpLearner:
         deviation = (squares / count) ** 0.5 if count else 0.0
         return mean, deviation if deviation > 0.0 else 1.0
 
-    def tensors(self, center: Floats, scale: Floats) -> dict[str, Tensor]:
+    def tensors(self, center: Floats, scale: Floats, *, settled: bool = False) -> dict[str, Tensor]:
         if not self._steps:
             return {}
         first, last = self._layers(self._average)

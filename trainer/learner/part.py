@@ -67,8 +67,8 @@ class PartLearner(Protocol):
         as they would have made something not finite."""
         ...
 
-    def tensors(self, center: Floats, scale: Floats) -> dict[str, Tensor]:
-        """What it serves now; empty while it serves nothing."""
+    def tensors(self, center: Floats, scale: Floats, *, settled: bool = False) -> dict[str, Tensor]:
+        """What it serves now; empty while it serves nothing. See `TaskLearner.head` for `settled`."""
         ...
 
     def save(self) -> dict[str, bytes]:

@@ -202,14 +202,18 @@ class TaskLearner:
             served = [self._waiting.popleft() for _ in range(ready)]
             self.included += served[-_REPORTED:]
 
-    def head(self) -> dict[str, Tensor]:
-        """The tensors to serve; none before the first label is learned."""
+    def head(self, *, settled: bool = False) -> dict[str, Tensor]:
+        """The tensors to serve; none before the first label is learned.
+
+        settled: without the labels of a moment that others may still come of, where those of a moment are one update:
+        that costs nothing, and the update does.
+        """
         if self.standardiser.center is None or not self._labels:
             return {}
         center, scale = self.standardiser.fixed
         tensors: dict[str, Tensor] = {}
         for part in self.parts.values():
-            tensors |= part.tensors(center, scale)
+            tensors |= part.tensors(center, scale, settled=settled)
         return tensors
 
     def state(self) -> bytes:

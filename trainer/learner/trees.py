@@ -103,7 +103,7 @@ class TreesLearner:
         self._text = self._found
         self.behind = behind
 
-    def tensors(self, center: Floats, scale: Floats) -> dict[str, Tensor]:
+    def tensors(self, center: Floats, scale: Floats, *, settled: bool = False) -> dict[str, Tensor]:
         return trees_tensors(self._task, center, self._text) if self._text else {}
 
     def save(self) -> dict[str, bytes]:

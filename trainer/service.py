@@ -27,6 +27,7 @@ from stream.kafka import ensure_topics, wait_until_reachable
 from stream.metrics import TrainerMetrics
 from stream.model.parameters import ParameterSet, Tensor
 from stream.settings import Settings
+from trainer.gathering import Gathering
 from trainer.intake import Intake
 from trainer.lag import Lag
 from trainer.monitoring import Health, Monitoring, RollbackRequest, Rollbacks
@@ -44,6 +45,8 @@ _PATIENCE_S = 5.0
 _RETRY_S = 1.0
 _GAUGES_S = 1.0
 _DEAD_LETTERS_S = 30.0
+#: For more labels a version waits so long at least, and while they come at most, as shares of the time between two.
+_GATHERING_SHARES = 0.1, 0.3
 
 
 @dataclass
@@ -216,12 +219,14 @@ class TrainerService:
         checkpoints.is_due(self._monotonic())
         publishing, gauges = _Timer(settings.trainer.publish_interval_s), _Timer(_GAUGES_S)
         dense, retries = _Timer(settings.trainer.dense_interval_s), _Timer(_RETRY_S)
+        gathering = Gathering(*(share * settings.trainer.publish_interval_s for share in _GATHERING_SHARES))
         first = True
         moved_at = self._monotonic()
         self._observe(intake, trainer)
         self.health.ready = True
         while not self._stopping.is_set():
             now = self._monotonic()
+            is_gathered = gathering.is_over(trainer.unpublished(), now)
             if self._publisher is None:
                 if not intake.is_catching_up:
                     self._open_publisher(trainer)
@@ -232,6 +237,7 @@ class TrainerService:
                 first = not self._roll_back(intake, trainer, self.rollbacks.requests.get()) and first
             elif (
                 (first or trainer.has_changed or trainer.guards.holds_news)
+                and (first or is_gathered)
                 and not intake.is_catching_up
                 and publishing.is_due(now)
             ):

@@ -55,8 +55,8 @@ _MOST_RECORDS = 65_536
 #: time as long as this process uses less of a core than the lower share, the longer time from the upper share on.
 _GATHER_MS, _WORTH_BYTES = (8.0, 20.0), 128 * 1024
 _SPARE_SHARES = (0.6, 0.9)
-#: The share is a mean that forgets within so long.
-_SHARE_S = 1.0
+#: The share is a mean that forgets within so long; to ask for processor time is a system call, so that is seldom done.
+_SHARE_S, _ASKED_S = 1.0, 0.05
 #: Otherwise it answers as soon as there is a record; aiokafka's own default.
 _WAIT_MS = 500
 #: While fetched records wait here, partitions without any are asked at most so often, and the broker answers at once.
@@ -208,9 +208,11 @@ class BlockFetcher(Fetcher):
     def _note_share(self, now: float) -> None:
         """See how much of a core this process has to spare, and so how long the broker is to hold a fetch."""
         before, used_before = self._measured
+        elapsed_s = now - before
+        if elapsed_s < _ASKED_S:
+            return
         used = self._processor_s()
         self._measured = now, used
-        elapsed_s = now - before
         self._share += (used - used_before - elapsed_s * self._share) / max(elapsed_s, _SHARE_S)
         self._gather_ms = round(float(np.interp(self._share, _SPARE_SHARES, _GATHER_MS)))
 

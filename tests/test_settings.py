@@ -91,6 +91,13 @@ def test_the_shipped_examples_are_accepted(path: Path) -> None:
             "['amount', 'amount']",
             "every name once, and not all",
         ),
+        (
+            '[tasks.x]\non = "pay"\nstandardise_again = [1_000, 500]',
+            "tasks.x.standardise_again",
+            "[1000, 500]",
+            "numbers that rise, all above tasks.x.standardise_after = 500",
+        ),
+        ('[tasks.x]\non = "pay"\nstandardise_again = [500]', "tasks.x.standardise_again", "[500]", "all above"),
         ('[tasks.x]\non = "pay"\ninputs = ["note"]', "tasks.x.inputs", "'note'", "a number field of pay"),
         ('[pretrain]\ntargets = ["pay.amount"]', "pretrain.targets", "'pay.amount'", "['offer.product'"),
         ('[[memory]]\nname = "payments"\nmodality = "pay"\nkind = "count"', "memory.name", "'payments'", "no other"),

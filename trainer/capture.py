@@ -33,7 +33,7 @@ class Capture:
     Parameters
     ----------
     learners: by task; they see each example's inputs, labelled or not.
-    recorder: appends standardisers once they are fixed, where there is one.
+    recorder: appends each center and scale that the inputs get, where there is one.
     """
 
     def __init__(
@@ -93,9 +93,10 @@ class Capture:
                 continue
             learner = self._learners[task]
             if learner.observe(inputs, keys_there, int(columns.timestamp_ms[event])):
-                self._teaching.count(learner)
+                self._teaching.standardised(learner)
                 if self._recorder is not None:
-                    self._recorder.standardiser(task, learner.standardiser, self._questions.by_task[task].names)
+                    names = self._questions.by_task[task].names
+                    self._recorder.standardiser(task, learner.standardiser, names, int(columns.timestamp_ms[event]))
             self._joiner.advance(record.partition, int(watermark_before[event]))
             joined = self._joiner.capture(
                 record.partition,

@@ -40,10 +40,11 @@ class Guards:
         }
         #: Tasks whose head was found not to be finite when a version was made.
         self._broken: set[str] = set()
-        #: Tasks that went back and that no version has as they are now.
+        #: Tasks that went back, or learned again, and that no version has as they are now.
         self._renewed: set[str] = set()
-        #: Tasks that went back while a version was on its way.
+        #: Tasks that went back while a version was on its way, and those that learned again.
         self._overtaken: set[str] = set()
+        self._again: set[str] = set()
         #: Labels of a task when a version without it was counted last.
         self._counted: dict[str, int] = {}
         self._stale: list[bytes] = []
@@ -69,6 +70,11 @@ class Guards:
             self._renewed.add(task)
             self._overtaken.add(task)
 
+    def learned_again(self, task: str) -> None:
+        """A task has learned its labels again, under another scale: that is to be published, though none is new."""
+        self._renewed.add(task)
+        self._again.add(task)
+
     def trust(self) -> None:
         """Somebody else has changed all learners' states and vouches for them."""
         self._broken.clear()
@@ -83,6 +89,7 @@ class Guards:
         served: the version before.
         """
         self._overtaken.clear()
+        self._again.clear()
         found: dict[str, Tensor] = {}
         for task, learner in self._learners.items():
             head = learner.head()
@@ -102,7 +109,7 @@ class Guards:
 
     def unpublished(self) -> dict[str, int]:
         """By task, how many labels it has learned that no confirmed version has and that may be published; a task that
-        went back is among them with what it learned since."""
+        went back is among them with what it learned since, one that learned again even with nothing new."""
         held = self.held
         return {
             task: len(learner.included)
@@ -116,7 +123,7 @@ class Guards:
             # One that went back meanwhile has none of them any more.
             if task not in self._overtaken:
                 self._learners[task].confirm(count)
-                self._renewed.discard(task)
+                self._renewed -= {task} - self._again
 
     @property
     def holds_news(self) -> bool:

@@ -1,9 +1,10 @@
 """A file of everything that was learned from: answered examples in the order they were answered.
 
 The file is a sequence of MessagePack maps, each after its length as 4 bytes, little-endian: `standardiser`
-entries, written when a task's is fixed, with the names of its inputs, and `example` entries. It is for evaluation
-after the fact, such as "what would the model of mid-year have said"; nothing reads it to learn. What was learned is in
-the file at once, for readers beside a running trainer; what a crash took back is cut off when the trainer resumes.
+entries, written whenever a task's center and scale become others, with the names of its inputs, and `example` entries.
+It is for evaluation after the fact, such as "what would the model of mid-year have said"; nothing reads it to learn.
+What was learned is in the file at once, for readers beside a running trainer; what a crash took back is cut off when
+the trainer resumes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from stream.errors import DataError
 from trainer.joiner import Joined
 from trainer.learner import Standardiser
 
-__all__ = ["AnsweredExamples", "Recorder", "read_record"]
+__all__ = ["AnsweredExamples", "Recorder", "Scale", "read_record"]
 
 _LENGTH = struct.Struct("<I")
 
@@ -75,17 +76,18 @@ class Recorder:
             }
         )
 
-    def standardiser(self, task: str, standardiser: Standardiser, names: Sequence[str]) -> None:
-        """Append a task's center and scale, and the names (F,) of its inputs."""
-        assert standardiser.center is not None
-        assert standardiser.scale is not None
+    def standardiser(self, task: str, standardiser: Standardiser, names: Sequence[str], as_of_ms: int) -> None:
+        """Append a task's center and scale from now on, the names (F,) of its inputs, and the time of the event that
+        made them what they are."""
+        center, scale = standardiser.fixed
         self._append(
             {
                 "kind": "standardiser",
                 "task": task,
                 "names": list(names),
-                "center": standardiser.center.tobytes(),
-                "scale": standardiser.scale.tobytes(),
+                "center": center.tobytes(),
+                "scale": scale.tobytes(),
+                "as_of_ms": as_of_ms,
             }
         )
 
@@ -105,6 +107,17 @@ class Recorder:
         self._file.flush()
 
 
+@dataclass(frozen=True)
+class Scale:
+    """Center and scale (F,) of a task's inputs: in force for the labels that came after the first `after` answered
+    examples, and from the event of `as_of_ms` on."""
+
+    after: int
+    as_of_ms: int
+    center: NDArray[np.float64]
+    scale: NDArray[np.float64]
+
+
 @dataclass
 class AnsweredExamples:
     """The answered examples of one task, in the order they were answered; n of them.
@@ -112,8 +125,8 @@ class AnsweredExamples:
     `inputs` (n, F); `known_ms` (n,) when the label became known, `final_ms` (n,) when it could be learned, its
     window closed too; `label` (n,) of booleans, names of classes or numbers;
     `prediction` (n,) as served, the first of several, NaN where there was no head; `others` (n, others), NaN where
-    fewer were said, see `Example`; `center`, `scale` (F,), empty if they were never fixed; `names` (F,) of the inputs,
-    empty as well then, and where the record was written by an earlier trainer.
+    fewer were said, see `Example`; `scales`, one after the other, none if inputs were never standardised; `names` (F,)
+    of the inputs, empty as well then, and where the record was written by an earlier trainer.
     """
 
     client_id: list[bytes] = field(default_factory=list)
@@ -125,8 +138,7 @@ class AnsweredExamples:
     inputs: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     prediction: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
     others: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
-    center: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    scale: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    scales: tuple[Scale, ...] = ()
     names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -149,12 +161,18 @@ class AnsweredExamples:
         out[:, 1 : 1 + found.shape[1]] = found
         return out
 
+    def scale_at(self, time_ms: int) -> Scale:
+        """The scale that events before that time made; the first one even before it was there, as labels waited for
+        it."""
+        return [self.scales[0], *(one for one in self.scales[1:] if one.as_of_ms < time_ms)][-1]
+
     def taken(self, at: NDArray[np.int64]) -> AnsweredExamples:
-        """Those at the indices `at`."""
+        """Those at the indices `at`, which rise."""
         columns = ("as_of_ms", "label", "weight", "known_ms", "final_ms", "inputs", "prediction", "others")
         return replace(
             self,
             client_id=[self.client_id[i] for i in at.tolist()],
+            scales=tuple(replace(one, after=int(np.searchsorted(at, one.after))) for one in self.scales),
             **{name: getattr(self, name)[at] for name in columns},
         )
 
@@ -167,7 +185,8 @@ def read_record(path: str | Path) -> dict[str, AnsweredExamples]:
     DataError: the file cannot be read or is something else.
     """
     examples: dict[str, list[dict[str, Any]]] = {}
-    standardisers: dict[str, dict[str, Any]] = {}
+    scales: dict[str, list[Scale]] = {}
+    names: dict[str, tuple[str, ...]] = {}
     try:
         data = Path(path).read_bytes()
         at = 0
@@ -178,17 +197,27 @@ def read_record(path: str | Path) -> dict[str, AnsweredExamples]:
                 break
             entry = msgpack.unpackb(data[at : at + length])
             at += length
+            task = entry["task"]
             if entry["kind"] == "standardiser":
-                standardisers[entry["task"]] = entry
+                scales.setdefault(task, []).append(_scale(entry, len(examples.get(task, ()))))
+                names[task] = tuple(entry.get("names", ()))
             else:
-                examples.setdefault(entry["task"], []).append(entry)
-        return {task: _columns(found, standardisers.get(task)) for task, found in examples.items()}
+                examples.setdefault(task, []).append(entry)
+        return {
+            task: _columns(found, tuple(scales.get(task, ())), names.get(task, ())) for task, found in examples.items()
+        }
     except (OSError, ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
         raise DataError(f"record file {str(path)!r} cannot be read: {error}") from error
 
 
-def _columns(found: list[dict[str, Any]], standardiser: dict[str, Any] | None) -> AnsweredExamples:
-    columns = AnsweredExamples(
+def _scale(entry: dict[str, Any], after: int) -> Scale:
+    # An earlier trainer wrote one for good, and not when.
+    as_of_ms = entry.get("as_of_ms", 0)
+    return Scale(after, as_of_ms, np.frombuffer(entry["center"], np.float64), np.frombuffer(entry["scale"], np.float64))
+
+
+def _columns(found: list[dict[str, Any]], scales: tuple[Scale, ...], names: tuple[str, ...]) -> AnsweredExamples:
+    return AnsweredExamples(
         client_id=[entry["client_id"] for entry in found],
         as_of_ms=np.array([entry["as_of_ms"] for entry in found], np.int64),
         label=np.array([entry["label"] for entry in found]),
@@ -198,12 +227,9 @@ def _columns(found: list[dict[str, Any]], standardiser: dict[str, Any] | None) -
         inputs=np.stack([np.frombuffer(entry["inputs"], np.float32) for entry in found]),
         prediction=np.array([entry["prediction"] for entry in found], np.float32),
         others=_padded([np.frombuffer(entry["others"], np.float32) for entry in found]),
+        scales=scales,
+        names=names,
     )
-    if standardiser is not None:
-        columns.center = np.frombuffer(standardiser["center"], np.float64)
-        columns.scale = np.frombuffer(standardiser["scale"], np.float64)
-        columns.names = tuple(standardiser.get("names", ()))
-    return columns
 
 
 def _padded(rows: list[NDArray[np.float32]]) -> NDArray[np.float32]:

@@ -75,6 +75,12 @@ class Teaching:
         self.count(learner)
         self._guards.judge(example.task)
 
+    def standardised(self, learner: TaskLearner) -> None:
+        """The learner's inputs have another scale, and what it knows was learned under that."""
+        self.count(learner)
+        if learner.labels:
+            self._guards.learned_again(learner.task)
+
     def count(self, learner: TaskLearner) -> None:
         """Count what the learner took and dropped since."""
         self._metrics.learned.labels(learner.task).inc(learner.learned)

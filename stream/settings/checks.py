@@ -6,6 +6,8 @@ and what would be accepted.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from stream.errors import SettingsError
 from stream.settings.sections import STATE, Field, Kafka, Memory, Settings, Task, Worker
 
@@ -58,6 +60,7 @@ def check(settings: Settings) -> None:
                 _refuse(f"{name}.final_by", task.final_by, f"a category field of {task.on} with declared `values`")
             if task.labels != "final":
                 _refuse(f"{name}.final_by", task.final_by, f"nothing with labels = {task.labels!r}")
+        _check_standardising(name, task)
         _check_head(name, task)
         _check_leave_out(settings, name, task)
         _check_tables(settings, name, task)
@@ -106,6 +109,13 @@ def _check_tables(settings: Settings, name: str, task: Task) -> None:
         _refuse(f"{name}.tables", task.tables, "every field once")
     if task.tables and {"logistic", "linear"}.isdisjoint(task.parts):
         _refuse(f"{name}.tables", task.tables, "nothing: of the heads, `logistic` and `linear` read tables")
+
+
+def _check_standardising(name: str, task: Task) -> None:
+    sizes = [task.standardise_after, *task.standardise_again]
+    if any(later <= earlier for earlier, later in pairwise(sizes)):
+        accepted = f"numbers that rise, all above {name}.standardise_after = {task.standardise_after}"
+        _refuse(f"{name}.standardise_again", task.standardise_again, accepted)
 
 
 def _check_head(name: str, task: Task) -> None:

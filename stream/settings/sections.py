@@ -343,6 +343,9 @@ class Task(_Section, frozen=True):
     bias_variance: Annotated[float, Meta(gt=0, le=1000)] = 4.0
     #: Standardise inputs by this many first examples, labelled or not; nothing is learned before.
     standardise_after: Annotated[int, Meta(ge=2)] = 500
+    #: Standardise anew by all examples so far when there are so many, the numbers rising; until the last of them every
+    #: label is kept, and at each the head learns all labels again, which takes as long as learning them did.
+    standardise_again: list[Annotated[int, Meta(ge=3)]] = []
     #: Fields of `on` that the head sees: numbers, and categories with declared `values` (one input each).
     inputs: list[Name] = []
     #: What parts of the head do not see, each part by its name: names of memories, of `inputs`, and `hidden` for the

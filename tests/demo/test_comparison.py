@@ -73,7 +73,7 @@ def answered(settings: Settings, journey: Journey, path: Path) -> None:
     standardiser = Standardiser(width, 2)
     for value in (-1.0, 1.0):
         standardiser.observe(np.full(width, value, np.float32))
-    recorder.standardiser(TASK, standardiser, names)
+    recorder.standardiser(TASK, standardiser, names, 0)
     for record in journey.feedback():
         inputs = np.zeros(width, np.float32)
         inputs[telling] = 1.0 if record.label else -1.0

@@ -73,10 +73,10 @@ def opened(live: LiveShop) -> Iterator[OnlineTrainer]:
 
 
 def good_state(trainer: OnlineTrainer, which: bytes) -> tuple[object, ...]:
-    """What the guard would go back to: labels, tensors, posterior, and rows by key, as rows have no order."""
+    """What the guard would go back to: labels, tensors, posterior, scale, and rows by key, as rows have no order."""
     labels, state, tensors = msgpack.unpackb(trainer.database.get(b"g/redeemed/" + which))
-    _, _, _, parts, tables = msgpack.unpackb(state)
-    return labels, tensors, parts, [rows_in(table) for table in tables]
+    _, _, _, parts, tables, *about = msgpack.unpackb(state)
+    return labels, tensors, parts, about, [rows_in(table) for table in tables]
 
 
 def order(found: AnsweredExamples) -> list[tuple[bytes, int, bool]]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from stream.errors import ParametersError, RecordError, StoreError
 from stream.metrics import TrainerMetrics
 from stream.model.parameters import ParameterSet
-from stream.settings import Settings
+from stream.settings import Settings, parse
 from trainer.evaluation import auc
 from trainer.learner import TaskLearner
 from trainer.online import OnlineTrainer
@@ -96,17 +96,26 @@ def stream() -> list[tuple[int, Record]]:
     return merged(*year(60))
 
 
+#: Inputs keep their first scale, and they get others while labels come.
+SCALED = {
+    "once": shop.settings(),
+    "again": parse(shop.TOML.replace("standardise_after = 20", "standardise_after = 20\nstandardise_again = [35, 50]")),
+}
+Result = tuple[bytes, dict[bytes, bytes]]
+
+
 @pytest.fixture(scope="module")
-def undisturbed(
-    stream: list[tuple[int, Record]], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[bytes, dict[bytes, bytes]]:
+def undisturbed(stream: list[tuple[int, Record]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     """Posterior and rows of one pass, one record at a time."""
-    trainer = open_trainer(tmp_path_factory.mktemp("undisturbed"), shop.settings())
-    for one in stream:
-        feed(trainer, [one])
-    result = posterior(trainer), rows(trainer)
-    trainer.close()
-    return result
+    results = {}
+    for name, settings in SCALED.items():
+        trainer = open_trainer(tmp_path_factory.mktemp("undisturbed"), settings)
+        for one in stream:
+            feed(trainer, [one])
+        results[name] = posterior(trainer), rows(trainer)
+        trainer.close()
+    assert results["once"][0] != results["again"][0]
+    return results
 
 
 def after_crashes(
@@ -127,20 +136,22 @@ def after_crashes(
     return trainer
 
 
+@pytest.mark.parametrize("scaled", SCALED)
 @budget(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(cuts=st.lists(st.integers(0, 10_000), max_size=8), crashes=st.sets(st.integers(0, 8)))
 def test_crashes_and_cuts_do_not_change_what_is_learned(
     tmp_path_factory: pytest.TempPathFactory,
     stream: list[tuple[int, Record]],
-    undisturbed: tuple[bytes, dict[bytes, bytes]],
+    undisturbed: dict[str, Result],
+    scaled: str,
     cuts: list[int],
     crashes: set[int],
 ) -> None:
     # Given a trainer that takes the stream in pieces, and loses what came after its last checkpoint at some
-    trainer = after_crashes(tmp_path_factory.mktemp("crashing"), shop.settings(), stream, cuts, crashes)
+    trainer = after_crashes(tmp_path_factory.mktemp("crashing"), SCALED[scaled], stream, cuts, crashes)
     # Then posterior and rows are those of one pass, bit for bit, and each label was learned once
-    assert posterior(trainer) == undisturbed[0]
-    assert rows(trainer) == undisturbed[1]
+    assert posterior(trainer) == undisturbed[scaled][0]
+    assert rows(trainer) == undisturbed[scaled][1]
     assert trainer.learners["redeemed"].labels == 60
     trainer.close()
 
@@ -340,7 +351,7 @@ def test_an_event_that_is_applied_twice_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_rows_beyond_the_limit_leave_memory_and_come_back(
-    tmp_path: Path, stream: list[tuple[int, Record]], undisturbed: tuple[bytes, dict[bytes, bytes]]
+    tmp_path: Path, stream: list[tuple[int, Record]], undisturbed: dict[str, Result]
 ) -> None:
     # Given room for 64 rows, and 300 other clients between the stream's
     small = shop.settings(STORE__MEMORY_ROWS="64")
@@ -354,8 +365,8 @@ def test_rows_beyond_the_limit_leave_memory_and_come_back(
             trainer.checkpoint(0)
         assert len(trainer.replica) <= 64 + 1
     # Then the states are the same
-    assert {key: row for key, row in rows(trainer).items() if key[4] != 7} == undisturbed[1]
-    assert posterior(trainer) == undisturbed[0]
+    assert {key: row for key, row in rows(trainer).items() if key[4] != 7} == undisturbed["once"][1]
+    assert posterior(trainer) == undisturbed["once"][0]
     trainer.close()
 
 

@@ -43,7 +43,7 @@ def write_record(path: Path, n: int = N) -> AnsweredExamples:
     standardiser = Standardiser(len(names), 20)
     for i in range(n):
         if standardiser.observe(inputs[i]):
-            recorder.standardiser("redeemed", standardiser, names)
+            recorder.standardiser("redeemed", standardiser, names, START_MS + i * 3_600_000)
         as_of = START_MS + i * 3_600_000
         # The live head has learned something after a while, and a little less than all there is to know.
         said = float(np.clip(chance[i] + rng.normal(0, 0.05), 0.01, 0.99)) if i > 100 else float("nan")
@@ -124,7 +124,7 @@ def again(examples: AnsweredExamples) -> Again:
 def test_a_head_on_the_way_knows_what_was_final_and_no_more(tmp_path: Path) -> None:
     # Given a record
     examples = write_record(tmp_path / "record", 400)
-    x = standardise(examples.inputs, examples.center, examples.scale)
+    x = standardise(examples.inputs, examples.scales[0].center, examples.scales[0].scale)
     one = again(examples)
     # When its head learns again along it, and is published all the time
     (said,), _ = one.published_every([1], 0)
@@ -146,7 +146,7 @@ def test_a_head_on_the_way_knows_what_was_final_and_no_more(tmp_path: Path) -> N
 def test_a_head_fitted_anew_is_at_the_mode(tmp_path: Path) -> None:
     # Given a record and a prior
     examples = write_record(tmp_path / "record", 400)
-    x = standardise(examples.inputs, examples.center, examples.scale)
+    x = standardise(examples.inputs, examples.scales[0].center, examples.scales[0].scale)
     moments = examples.as_of_ms[[251, 350]]
     one = again(examples)
     precision = 1.0 / prior_variance(one.settings, one.is_state)

@@ -55,6 +55,7 @@ head = HEAD
 inputs = ["luck"]
 labels = "as_they_come"
 standardise_after = 50
+standardise_again = [120, 400]
 prior_variance = 1.0
 [tasks.NAME.mlp]
 members = 2

@@ -71,6 +71,10 @@ class Examples:
         self.lowest = max(self.lowest, self.count - self._room)
         self.count = count
 
+    def clear(self) -> None:
+        """Begin anew with the first one."""
+        self.count = self.lowest = 0
+
     def take(self, numbers: NDArray[np.int64]) -> Batch:
         """Examples by number."""
         at = numbers % self._room

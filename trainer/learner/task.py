@@ -9,6 +9,7 @@ import math
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -21,6 +22,7 @@ from stream.settings import Task
 from stream.wire import Label
 from trainer.checkpoint import Changes, Database, unpack_array
 from trainer.learner.examples import Examples
+from trainer.learner.log import LabelLog, Stretches
 from trainer.learner.logistic import LinearLearner, LogisticLearner
 from trainer.learner.mlp import MlpLearner
 from trainer.learner.part import Labelled, PartLearner, seen_by
@@ -40,7 +42,10 @@ _REPORTED = 1_000
 
 
 class TaskLearner:
-    """What one task learns: standardiser, parts, and the labels that wait for the standardiser.
+    """What one task learns: standardiser, parts, and the labels that wait for the next scale.
+
+    Whenever the standardiser is renewed, all labels are learned again, in the order they came, and the learner is what
+    it would be had it waited for that scale.
 
     Parameters
     ----------
@@ -68,7 +73,7 @@ class TaskLearner:
         self.is_number = np.ones(self.width, np.bool_) if is_number is None else is_number
         self._settings = settings
         self._outputs = max(1, len(settings.classes))
-        self.standardiser = Standardiser(self.width, settings.standardise_after)
+        self.standardiser = Standardiser(self.width, settings.standardise_after, settings.standardise_again)
         wants_examples = not {"mlp", "gbdt"}.isdisjoint(settings.parts)
         self.examples = Examples(self.width, settings.keep_examples, _SLACK) if wants_examples else None
         # Each task draws for itself, whatever others there are.
@@ -86,7 +91,7 @@ class TaskLearner:
         self.included: list[int] = []
         self._waiting: deque[int] = deque()
         self._labels = 0
-        self._queue: list[Labelled] = []
+        self._log = LabelLog(self._name("label/"))
         self._changed = True
 
     def _part(
@@ -115,7 +120,7 @@ class TaskLearner:
     @property
     def queued(self) -> int:
         """Labels that wait until the standardiser is fixed."""
-        return len(self._queue)
+        return len(self._log) if self.standardiser.center is None else 0
 
     @property
     def prequential(self) -> Prequential:
@@ -127,16 +132,33 @@ class TaskLearner:
         return self.prequential.squared_error() if self.kind == "regression" else self.prequential.log_loss()
 
     def observe(self, inputs: NDArray[np.float32], keys: Sequence[bytes] = (), event_ms: int = 0) -> bool:
-        """Take the inputs (F,) of a new example, and at its event's time the keys of rows that it uses; True when they
-        fixed the standardiser. Labels that waited for that are then learned, in the order they came."""
+        """Take the inputs (F,) of a new example, and at its event's time the keys of rows that it uses; True when the
+        standardiser is another because of them. Labels that waited for that are then learned, in the order they came,
+        and those that were learned before are learned again.
+
+        A learner that does not have all of these labels any more, as its checkpoint or state is of an earlier trainer
+        or of settings without renewals, keeps the scale it has.
+        """
         for table, key in zip(self.tables, keys, strict=True):
             table.observe(key, event_ms)
-        if not np.isfinite(inputs).all() or not self.standardiser.observe(inputs):
+        if not self._log.is_open or not np.isfinite(inputs).all():
             return False
-        queue, self._queue = self._queue, []
-        for one in queue:
-            self._learn(one)
+        is_first = self.standardiser.center is None
+        if not self.standardiser.observe(inputs):
+            return False
+        if is_first:
+            for one in self._log:
+                self._learn(one)
+        else:
+            self._learn_again()
+        if self.standardiser.is_final:
+            self._log.close()
         return True
+
+    def keep_scale(self, center: NDArray[np.float64], scale: NDArray[np.float64]) -> None:
+        """Standardise by these (F,) for good, whatever examples come; before any label."""
+        self.standardiser.center, self.standardiser.scale = center, scale
+        self._log.close()
 
     def learn(
         self,
@@ -165,9 +187,9 @@ class TaskLearner:
         one = Labelled(inputs, target, weight, published_ms, final_ms, log_odds_offset, tuple(keys))
         if not (np.isfinite(inputs).all() and math.isfinite(weight) and math.isfinite(log_odds_offset)):
             self.dropped += 1
-        elif self.standardiser.center is None:
-            self._queue.append(one)
-        else:
+            return
+        self._log.add(one)
+        if self.standardiser.center is not None:
             self._learn(one)
 
     def judge(self, label: Label, prediction: float, others: ArrayLike = ()) -> None:
@@ -186,16 +208,38 @@ class TaskLearner:
                 quality.add(outputs, target)
 
     def _learn(self, one: Labelled) -> None:
+        dropped = self._teach(one)
+        self.dropped += dropped
+        self.learned += max(0, 1 - dropped)
+        if not dropped:
+            self._waiting.append(one.published_ms)
+        self._include()
+
+    def _learn_again(self) -> None:
+        """Forget what was learned, and learn the same labels. They were counted, and judged, when they came."""
+        self.close()
+        self.parts = self._new_parts()
+        self._labels = 0
+        if self.examples is not None:
+            self.examples.clear()
+        for table in self.tables:
+            table.restore(None)
+        for one in self._log:
+            self._teach(one)
+        self._include()
+
+    def _teach(self, one: Labelled) -> int:
+        """Give one label to all parts; returns how many had to be dropped."""
         x = standardise(one.inputs[None, :], *self.standardiser.fixed)[0]
         if self.examples is not None:
             self.examples.add(one)
         dropped = max(part.learn(one, x) for part in self.parts.values())
-        self.dropped += dropped
-        self.learned += max(0, 1 - dropped)
         self._labels += max(0, 1 - dropped)
         self._changed = True
-        if not dropped:
-            self._waiting.append(one.published_ms)
+        return dropped
+
+    def _include(self) -> None:
+        """Note which of the labels that waited all parts have by now."""
         behind = min(part.behind for part in self.parts.values())
         ready = len(self._waiting) - behind
         if ready > 0:
@@ -217,19 +261,29 @@ class TaskLearner:
         return tensors
 
     def state(self) -> bytes:
-        """What was learned, as bytes; for `restore`. The standardiser is fixed for good and not part of it."""
+        """What was learned, as bytes, and under which scale; for `restore`."""
         parts = {name: value for part in self.parts.values() for name, value in part.save().items()}
         kept = self.examples.count if self.examples is not None else 0
         tables = [table.state() for table in self.tables]
-        packed: bytes = msgpack.packb([self._labels, list(self._waiting), kept, parts, tables])
+        scale = None if self.standardiser.center is None else [one.tobytes() for one in self.standardiser.fixed]
+        packed: bytes = msgpack.packb(
+            [self._labels, list(self._waiting), kept, parts, tables, scale, self._log.stretches]
+        )
         return packed
 
     def restore(self, state: bytes | None) -> None:
-        """Go back to what `state` wrote; None: to having learned nothing. What was learned since is forgotten."""
+        """Go back to what `state` wrote; None: to having learned nothing. What was learned since is forgotten.
+
+        The scale is then that of the state, until the next renewal, if one is left, which learns the state's labels
+        and those that come after again. A state of an earlier trainer does not say its scale: the present one stays.
+        Labels that wait for the first scale were not learned, and go on waiting.
+        """
         tables: list[bytes | None] = [None] * len(self.tables)
         labels, waiting, kept, parts = (0, [], 0, None)
+        about: list[Any] = [None, []]
         if state is not None:
-            labels, waiting, kept, parts, tables = msgpack.unpackb(state)
+            labels, waiting, kept, parts, tables, *about = msgpack.unpackb(state)
+        self._go_back(*(about or (None, None)))
         self.close()
         self.parts = self._new_parts()
         if self.examples is not None:
@@ -243,9 +297,18 @@ class TaskLearner:
         self.included.clear()
         self._changed = True
 
+    def _go_back(self, scale: list[bytes] | None, stretches: Stretches | None) -> None:
+        """Take a state's scale and labels; one from before there was a scale had learned none."""
+        if scale is not None:
+            self.standardiser.center, self.standardiser.scale = (np.frombuffer(one).copy() for one in scale)
+            self._log.go_back(stretches)
+        elif self.standardiser.center is not None:
+            self._log.go_back(None if stretches is None else [])
+
     def save(self, changes: Changes) -> None:
         """Add everything to a checkpoint; the parts only where a label came."""
         changes[self._name("standardiser")] = self.standardiser.save()
+        self._log.save(changes)
         changes[self._name("left-out")] = msgpack.packb(self._left_out())
         changes[self._name("tables")] = msgpack.packb(list(self._settings.tables))
         for table in self.tables:
@@ -259,12 +322,6 @@ class TaskLearner:
             changes[self._name(f"prequential/{name}")] = quality.save()
         if self.examples is not None:
             self.examples.save(changes, self._name("x/"))
-        changes[self._name("queue")] = msgpack.packb(
-            [
-                [q.inputs.tobytes(), q.target, q.weight, q.published_ms, q.final_ms, q.log_odds_offset, q.keys]
-                for q in self._queue
-            ]
-        )
         kept = [self.examples.count, self.examples.lowest] if self.examples is not None else [0, 0]
         changes[self._name("counts")] = msgpack.packb(
             [list(self.parts), self._labels, self.included, list(self._waiting), kept]
@@ -273,6 +330,7 @@ class TaskLearner:
     def saved(self) -> None:
         """The checkpoint is written."""
         self._changed = False
+        self._log.saved()
         for table in self.tables:
             table.saved()
         if self.examples is not None:
@@ -333,10 +391,12 @@ class TaskLearner:
             quality.load(load(f"prequential/{name}"))
         for part in self.parts.values():
             part.load(load)
-        self._queue = [
-            Labelled(np.frombuffer(inputs, np.float32), target, weight, published_ms, final_ms, offset, tuple(keys))
-            for inputs, target, weight, published_ms, final_ms, offset, keys in msgpack.unpackb(load("queue"))
-        ]
+        # An earlier trainer kept labels only while they waited.
+        is_earlier = not self._log.load(database)
+        if is_earlier:
+            self._log.load_queue(self._name("queue"), load("queue"))
+        if self.standardiser.center is not None and (is_earlier or self.standardiser.is_final):
+            self._log.close()
         self._changed = False
 
     def _left_out(self) -> dict[str, list[str]]:

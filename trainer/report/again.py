@@ -1,8 +1,9 @@
 """A task learned again from its record: what its own head would have said had it been published otherwise.
 
 Guaranteed: the head has all the parts that the settings name, and learns the recorded examples in the recorded order
-with the trainer's own learner, on the inputs as they were, under the recorded standardiser, of sampled negatives
-(`negative_rate`) the same ones. So it is, bit for bit, the head that the trainer had after these labels.
+with the trainer's own learner, on the inputs as they were, under the recorded scales, each from where it was in force,
+of sampled negatives (`negative_rate`) the same ones. So it is, bit for bit, the head that the trainer had after these
+labels. (Labels from before the first scale are learned when they come, not when that is there.)
 
 Not guaranteed: that of a task with `tables`, whose rows are left out, as a record does not say which ones an example
 used; nor that of a trainer which went back to an earlier state, by its guard or by `livestate rollback`.
@@ -22,7 +23,7 @@ from stream.model.heads import Head, TaskQuestion
 from stream.model.parameters import ParameterSet, Tensor
 from stream.settings import Settings, Task
 from trainer.learner import TaskLearner
-from trainer.record import AnsweredExamples
+from trainer.record import AnsweredExamples, Scale
 from trainer.sampling import NegativeSampling
 
 __all__ = ["Again"]
@@ -64,7 +65,7 @@ class Again:
         ------
         DataError: there was no head, as the standardiser was never fixed.
         """
-        if not len(examples.center):
+        if not examples.scales:
             raise DataError(
                 f"task {question.task!r}: the record has no standardiser: fewer examples were seen than "
                 f"tasks.{question.task}.standardise_after says"
@@ -88,7 +89,8 @@ class Again:
     def seeing(self, inputs: NDArray[np.bool_]) -> Again:
         """The same with those of the inputs alone; bool[F]."""
         one = self.examples
-        part = replace(one, inputs=one.inputs[:, inputs], center=one.center[inputs], scale=one.scale[inputs], names=())
+        scales = tuple(replace(each, center=each.center[inputs], scale=each.scale[inputs]) for each in one.scales)
+        part = replace(one, inputs=one.inputs[:, inputs], scales=scales, names=())
         return replace(
             self,
             is_state=self.is_state[inputs],
@@ -99,8 +101,9 @@ class Again:
 
     def frozen_at(self, at_ms: int, passed: Passed = _unheard) -> Floats:
         """(n, outputs) what the head that stopped learning at `at_ms` says of every example, before and after; it has
-        learned the labels that were final before. NaN where it served nothing yet."""
-        walk = _Walk(self)
+        learned the labels that were final before, and keeps the scale of that moment. NaN where it served nothing
+        yet."""
+        walk = _Walk(self, self.examples.scale_at(at_ms))
         known = np.flatnonzero(self.examples.final_ms < at_ms)
         try:
             for done, i in enumerate(known.tolist()):
@@ -130,16 +133,23 @@ class Again:
         #: When the head that answers each of them was published.
         served_ms = [examples.as_of_ms[by_time] // interval * interval for interval in interval_ms]
         said = [0] * len(interval_ms)
-        walk = _Walk(self)
+        first, *later = examples.scales
+        walk = _Walk(self, first)
+
+        def say_until(now_ms: int) -> None:
+            for which, moments in enumerate(served_ms):
+                until = int(np.searchsorted(moments, now_ms, "right"))
+                walk.say(by_time[said[which] : until], out[which])
+                said[which] = max(said[which], until)
+
         ends = np.flatnonzero(np.diff(examples.final_ms, append=_END_MS)).tolist()
         start = 0
         try:
             for end in [*ends, None]:
-                now_ms = int(examples.final_ms[end]) if end is not None else _END_MS
-                for which, moments in enumerate(served_ms):
-                    until = int(np.searchsorted(moments, now_ms, "right"))
-                    walk.say(by_time[said[which] : until], out[which])
-                    said[which] = max(said[which], until)
+                while later and later[0].after <= start:
+                    say_until(later[0].as_of_ms)
+                    walk.learn_again(later.pop(0), start)
+                say_until(int(examples.final_ms[end]) if end is not None else _END_MS)
                 if min(said) == len(by_time) or end is None:
                     break
                 for i in range(start, end + 1):
@@ -154,24 +164,31 @@ class Again:
 class _Walk:
     """A learner on its way along the record, and the head that it would publish now."""
 
-    def __init__(self, again: Again) -> None:
+    def __init__(self, again: Again, scale: Scale) -> None:
         self._again = again
-        self._learner = TaskLearner(
-            again.task, again.is_state, again.settings, again.seed, again.groups, again.is_number
-        )
-        self._learner.standardiser.center, self._learner.standardiser.scale = (
-            again.examples.center,
-            again.examples.scale,
-        )
+        self._learner = self._learner_of(scale)
         self._sampling = NegativeSampling(again.task, again.settings.negative_rate, again.seed)
         self._tensors: dict[str, Tensor] = {}
         self._head: Head | None = None
         self._has_learned = False
 
+    def _learner_of(self, scale: Scale) -> TaskLearner:
+        again = self._again
+        learner = TaskLearner(again.task, again.is_state, again.settings, again.seed, again.groups, again.is_number)
+        learner.keep_scale(scale.center, scale.scale)
+        return learner
+
     @property
     def parts(self) -> tuple[str, ...]:
         """Those that the head has now."""
         return () if self._head is None else tuple(self._head.parts)
+
+    def learn_again(self, scale: Scale, count: int) -> None:
+        """Learn the first `count` examples again, under another scale."""
+        self._learner.close()
+        self._learner = self._learner_of(scale)
+        for i in range(count):
+            self.learn(i)
 
     def learn(self, i: int) -> None:
         """Learn the i-th example, unless the trainer left it out."""

@@ -1,8 +1,9 @@
 """What models that are fitted anew, again and again, would have said of the examples that a trainer recorded.
 
 Guaranteed: a prediction at time t uses labels that were final before t, and no others; all ways see the same inputs,
-and predict by the same parts that serve. A task whose head is Bayesian is fitted exactly, under the prior of the
-head that learns online; one with networks or trees by LightGBM as `tasks.NAME.gbdt` says.
+under the scale of the moment, and predict by the same parts that serve. A task whose head is Bayesian is fitted
+exactly, under the prior of the head that learns online; one with networks or trees by LightGBM as `tasks.NAME.gbdt`
+says.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from stream.model.heads import Head, linear_tensors, sigmoid, standardise, trees_tensors
 from stream.model.parameters import ParameterSet, Tensor
 from trainer.learner import Batch, fit_trees, prior_variance, seen_by
+from trainer.record import Scale
 from trainer.report.again import Again
 
 __all__ = ["BAYESIAN", "fitted_anew", "name_of_fit"]
@@ -57,7 +59,7 @@ def fitted_anew(again: Again, times_ms: NDArray[np.int64], passed: Callable[[flo
         end = times_ms[at + 1] if at + 1 < len(times_ms) else np.iinfo(np.int64).max
         asked = np.flatnonzero(usable & (examples.as_of_ms >= start) & (examples.as_of_ms < end))
         if len(asked) and _is_enough(settings.kind, again.outputs, targets[known]):
-            parameters = ParameterSet(fit.tensors(known, targets[known]))
+            parameters = ParameterSet(fit.tensors(known, targets[known], examples.scale_at(start)))
             out[asked] = Head(again.task, serves, parameters, again.is_number).predict(examples.inputs[asked])
     return out
 
@@ -71,7 +73,7 @@ def _is_enough(kind: str, outputs: int, targets: Floats) -> bool:
 class _Fit(Protocol):
     """A model of the examples at indices `known` (k,) with these targets (k,), as tensors that a head serves."""
 
-    def tensors(self, known: NDArray[np.int64], targets: Floats) -> dict[str, Tensor]: ...
+    def tensors(self, known: NDArray[np.int64], targets: Floats, scale: Scale) -> dict[str, Tensor]: ...
 
 
 class _Trees:
@@ -80,13 +82,13 @@ class _Trees:
     def __init__(self, again: Again) -> None:
         self._again = again
 
-    def tensors(self, known: NDArray[np.int64], targets: Floats) -> dict[str, Tensor]:
+    def tensors(self, known: NDArray[np.int64], targets: Floats, scale: Scale) -> dict[str, Tensor]:
         again, examples = self._again, self._again.examples
         newest = slice(max(0, len(known) - again.settings.keep_examples), None)
         kept = known[newest]
         batch = Batch(examples.inputs[kept], targets[newest], examples.weight[kept], np.zeros(len(kept)))
         sees = seen_by("gbdt", again.settings, again.groups, len(again.is_state))
-        return trees_tensors(again.task, examples.center, fit_trees(again.settings, batch, again.seed, sees))
+        return trees_tensors(again.task, scale.center, fit_trees(again.settings, batch, again.seed, sees))
 
 
 class _Bayesian:
@@ -106,9 +108,9 @@ class _Bayesian:
         self._precision = np.diag(1.0 / variance[self._free])
         self._modes = np.zeros((again.outputs, int(self._free.sum())))
 
-    def tensors(self, known: NDArray[np.int64], targets: Floats) -> dict[str, Tensor]:
+    def tensors(self, known: NDArray[np.int64], targets: Floats, scale: Scale) -> dict[str, Tensor]:
         again, examples = self._again, self._again.examples
-        x = standardise(examples.inputs[known], examples.center, examples.scale)[:, self._free]
+        x = standardise(examples.inputs[known], scale.center, scale.scale)[:, self._free]
         weight = examples.weight[known]
         for output, mode in enumerate(self._modes):
             if again.settings.kind == "regression":
@@ -118,9 +120,7 @@ class _Bayesian:
                 mode[:] = _mode(x, is_it, weight, self._precision, mode)
         weights = np.zeros((len(self._modes), len(self._free)))
         weights[:, self._free] = self._modes
-        return linear_tensors(
-            again.task, examples.center, examples.scale, weights if again.settings.classes else weights[0]
-        )
+        return linear_tensors(again.task, scale.center, scale.scale, weights if again.settings.classes else weights[0])
 
 
 def _mode(x: Floats, label: NDArray[np.bool_], weight: Floats, precision: Floats, start: Floats) -> Floats:

@@ -73,11 +73,12 @@ def under_trunk(
     alone = msgspec.structs.replace(task, head=task.parts[0])
     settings = msgspec.structs.replace(settings, tasks={**settings.tasks, stream.task: alone})
     rows = _rows(settings, stream, parameters)
-    standardiser = Standardiser(rows.shape[1], task.standardise_after)
-    for row in rows[: task.standardise_after]:
-        standardiser.observe(row)
-    center, scale = standardiser.fixed
-    under = replace(examples, inputs=rows[at], center=center, scale=scale)
+    standardiser = Standardiser(rows.shape[1], task.standardise_after, task.standardise_again)
+    fixed = [standardiser.fixed for row in rows if standardiser.observe(row)]
+    # A scale begins where the trainer's did, which counts predictions without an answer too.
+    pairs = zip(examples.scales, fixed, strict=False)
+    scales = tuple(replace(one, center=center, scale=scale) for one, (center, scale) in pairs)
+    under = replace(examples, inputs=rows[at], scales=scales)
     question = Questions(Layout.compile(settings, Schema.compile(settings))).by_task[stream.task]
     (said,), _ = Again.of(settings, question, under).published_every([1000], stream.judged_from_ms)
     return said[:, 0]

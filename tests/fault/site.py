@@ -64,6 +64,11 @@ class Worker:
         """What /readyz says."""
         return self.answers and http_get(self.port, "/readyz", 1.0)[0] == 200
 
+    @property
+    def is_failing(self) -> bool:
+        """Whether it has ended, or is about to, for a reason of its own."""
+        return not self.process.running or (self.answers and http_get(self.port, "/livez", 1.0)[0] == 503)
+
     def start(self) -> None:
         self.wanted = True
         self.process.start()

@@ -17,7 +17,7 @@ from confluent_kafka import Consumer
 from stream.broker import EmbeddedBroker
 from stream.kafka import client_config, log_range
 from tests.fault.schedule import FIRST, Fault
-from tests.fault.site import SESSION_TIMEOUT_S, Site, Worker
+from tests.fault.site import SESSION_TIMEOUT_S, Site
 from tests.fault.source import Publisher, Source
 from tests.fault.verifier import Report, verify
 from tests.fault.watch import Silence, Watch, longest
@@ -150,15 +150,8 @@ def _inflict(site: Site, fault: Fault) -> None:
         elif fault.kind == "join":
             worker.start()
         else:
-            # Without brokers for long, a worker ends by itself and is started again: only then it is one that leaves.
-            wait_for(lambda: _stays(site, worker), 60, f"worker {worker.name} runs")
+            site.await_staying([worker])
             worker.stop()
-
-
-def _stays(site: Site, worker: Worker) -> bool:
-    """Whether a worker does not end by itself; one that has ended is started again."""
-    site.supervise()
-    return not worker.is_failing
 
 
 def finish(site: Site) -> None:

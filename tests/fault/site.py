@@ -11,6 +11,7 @@ import shutil
 import time
 import uuid
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -220,9 +221,19 @@ class Site:
 
         wait_for(is_applied, timeout_s, f"everything up to {ends} is applied")
 
+    def await_staying(self, workers: Sequence[Worker], timeout_s: float = 60.0) -> None:
+        """Wait until none of them is about to end by itself, as workers do that were without brokers for long."""
+
+        def do_stay() -> bool:
+            self.supervise()
+            return not any(worker.is_failing for worker in workers)
+
+        wait_for(do_stay, timeout_s, "all of them stay")
+
     def stop_all(self) -> None:
         """SIGTERM to all workers at once; each must end with 0."""
         ending = self.running
+        self.await_staying(ending)
         for worker in ending:
             worker.wanted = False
             worker.process.process.terminate()

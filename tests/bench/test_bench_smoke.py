@@ -82,7 +82,7 @@ def test_the_stock_agent_does_the_same_work_as_the_engine() -> None:
 @pytest.mark.timeout(240)
 def test_throughput_measures_worker_stock_agent_and_parts_in_one_run(capsys: pytest.CaptureFixture[str]) -> None:
     # Given tiny sizes on the embedded broker
-    arguments = ["--broker", "embedded", "--seconds", "1", "--checkpoint-interval", "0.5", "--events", "1000000"]
+    arguments = ["--broker", "embedded", "--seconds", "1", "--checkpoint-interval", "0.5", "--events", "2000000"]
     # When the bench runs
     throughput.main([*arguments, "--clients", "2000", "--stock-seconds", "1"])
     # Then its last line is JSON with every figure it promises

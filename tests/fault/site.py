@@ -184,7 +184,8 @@ class Site:
             if not worker.process.running:
                 code = worker.process.process.returncode
                 self.exits[code] += 1
-                assert code in SUPERVISED, f"worker {worker.name} ended by itself with exit code {code}"
+                said = worker.process.text()[-500:]
+                assert code in SUPERVISED, f"worker {worker.name} ended by itself with exit code {code}: {said}"
                 worker.start()
 
     def positions(self) -> dict[int, int]:

@@ -260,6 +260,10 @@ class Worker:
 
     def _reasons(self) -> list[str]:
         reasons = []
+        if self._failure is not None:
+            reasons.append(f"it ends: {self._failure}")
+        elif self._stopping.is_set():
+            reasons.append("it was told to stop")
         if self._versions.serving is None:
             reasons.append("no parameters yet: is the trainer running?")
         if self.app.assignor.lacks_topic:

@@ -115,10 +115,22 @@ def test_brokers_that_go_away_as_a_worker_starts_are_named(tmp_path: Path, free_
     found = small_settings(
         KAFKA__BOOTSTRAP_SERVERS=f"127.0.0.1:{free_port}", WORKER__DATA_DIR=str(tmp_path), WORKER__HTTP_PORT="0"
     )
+    worker = Worker(found)
     # Then it ends with what a supervisor starts it again for
     with pytest.raises(BrokerError, match=rf"the brokers at 127\.0\.0\.1:{free_port} went away") as refused:
-        asyncio.run(Worker(found).run())
+        asyncio.run(worker.run())
     assert refused.value.exit_code == 3
+
+
+def test_a_worker_that_ends_is_not_ready_and_says_why(tmp_path: Path) -> None:
+    # Given a worker that has met what ends it
+    worker = Worker(small_settings(WORKER__DATA_DIR=str(tmp_path)))
+    assert not any(reason.startswith("it ends") for reason in worker.health().reasons)
+    worker._fail(BrokerError("the changelog is gone"))
+    # Then it is neither live nor ready, and names that until it is gone
+    health = worker.health()
+    assert not health.live
+    assert health.reasons[0] == "it ends: the changelog is gone"
 
 
 def test_who_assigns_without_knowing_the_topic_says_so() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ class _App(faust.App):
         return BlockTransport(self.conf.broker_consumer, self)
 
 
-def make_app(settings: Settings, member: str | None, take: Callable[[FetchedBlock], Awaitable[None]]) -> faust.App:
-    """An app that hands each fetched block to `take`, those of a partition in their order.
+def make_app(
+    settings: Settings, member: str | None, take: Callable[[Sequence[FetchedBlock]], Awaitable[None]]
+) -> faust.App:
+    """An app that hands each fetched block to `take`, several small ones at once, those of a partition in their order.
 
     Parameters
     ----------
@@ -56,8 +58,8 @@ def make_app(settings: Settings, member: str | None, take: Callable[[FetchedBloc
     )
 
     async def advance_states(stream: Any) -> None:
-        async for block in stream:
-            await take(block)
+        async for blocks in stream:
+            await take(blocks)
 
     app.agent(app.topic(settings.topics.events, schema=BlockSchema(), acks=False), name="advance_states")(
         advance_states

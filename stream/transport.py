@@ -1,8 +1,9 @@
 """A Faust transport that hands agents partition batches.
 
-Faust's stock consumer turns every record into a message and four tasks; here one message carries all records
-that one fetch returned for a partition, as a `FetchedBlock`, read from the bytes of the response straight into arrays.
-Group membership, rebalancing and the consumer's thread stay Faust's; fetching and positions stay aiokafka's.
+Faust's stock consumer turns every record into a message and four tasks; here all records that one fetch returned for a
+partition are a `FetchedBlock`, read from the bytes of the response straight into arrays, and one message carries a
+block, or several small ones of different partitions. Group membership, rebalancing and the consumer's thread stay
+Faust's; fetching and positions stay aiokafka's.
 
 Guaranteed: the blocks of a partition are handed over in order, and each says where the one before it ended
 (`FetchedBlock.start`), so a block that was dropped on the way (Faust drops what was fetched before a rebalance)
@@ -16,7 +17,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any, ClassVar
@@ -59,6 +60,9 @@ _SPARE_SHARES = (0.6, 0.9)
 _SHARE_S, _ASKED_S = 1.0, 0.05
 #: Otherwise it answers as soon as there is a record; aiokafka's own default.
 _WAIT_MS = 500
+#: Blocks of one fetch go into one message up to so many records: handing a message over costs what applying a small
+#: block does.
+_TOGETHER = 4_096
 #: While fetched records wait here, partitions without any are asked at most so often, and the broker answers at once.
 _GLANCE_S = 0.02
 
@@ -359,7 +363,7 @@ class BlockConsumer(Consumer):
         """
 
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, Any]]:
-        """Yield one message for each partition that has records."""
+        """Yield messages whose values are the next blocks of the partitions that have records, as lists."""
         records, active = await self._wait_next_records(timeout)
         generation = self.app.consumer_generation_id
         if not records or self.should_stop:
@@ -368,19 +372,20 @@ class BlockConsumer(Consumer):
             # Fetched while a rebalance began: whoever owns the partitions next reads them again.
             await self.perform_seek()
             return
-        for tp, block in records.items():
+        wanted = [
+            (tp, block)
+            for tp, block in records.items()
+            if active is None or tp in active or tp in self._buffered_partitions
+        ]
+        for tp, blocks in _together(wanted):
             if not self.flow_active or self.app.consumer_generation_id != generation:
                 return
-            if active is not None and tp not in active and tp not in self._buffered_partitions:
-                continue
-            yield tp, self._message(tp, block, generation)
-
-    def _message(self, tp: TP, block: FetchedBlock, generation: int) -> Any:
-        # Without the generation Faust takes the message for one from before the rebalance and drops it.
-        return ConsumerMessage(
-            tp.topic, tp.partition, int(block.records.offsets[0]), block.records.timestamps_ms[-1] / 1000.0, 0,
-            (), None, block, None, -1, -1, tp, generation_id=generation,
-        )  # fmt: skip
+            records_of = blocks[0].records
+            # Without the generation Faust takes the message for one from before the rebalance and drops it.
+            yield tp, ConsumerMessage(
+                tp.topic, tp.partition, int(records_of.offsets[0]), records_of.timestamps_ms[-1] / 1000.0, 0,
+                (), None, blocks, None, -1, -1, tp, generation_id=generation,
+            )  # fmt: skip
 
     async def perform_seek(self) -> None:
         """Seek every assigned partition to where its restored state goes on."""
@@ -415,6 +420,22 @@ class BlockConsumer(Consumer):
         except (IllegalStateError, AssertionError, KeyError):
             return None
         return highwater
+
+
+def _together(wanted: Iterable[tuple[TP, FetchedBlock]]) -> Iterator[tuple[TP, list[FetchedBlock]]]:
+    """The blocks in their order, small ones in one list, each list with the partition of its first block."""
+    first: TP | None = None
+    blocks: list[FetchedBlock] = []
+    count = 0
+    for tp, block in wanted:
+        count += len(block.records)
+        if first is not None and count > _TOGETHER:
+            yield first, blocks
+            first, blocks, count = None, [], len(block.records)
+        first = first or tp
+        blocks.append(block)
+    if first is not None:
+        yield first, blocks
 
 
 class BlockTransport(Transport):

@@ -13,6 +13,7 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -175,13 +176,16 @@ class Worker:
 
     # ---------------------------------------------------------------- events
 
-    async def _take_or_fail(self, block: FetchedBlock) -> None:
+    async def _take_or_fail(self, blocks: Sequence[FetchedBlock]) -> None:
         try:
-            await self._take(block)
+            for block in blocks:
+                await self._take(block)
+                # What else waits, questions and checkpoints among it, waits for one block only.
+                await asyncio.sleep(0)
         except Exception as error:
             self._fail(error)
             raise
-        if not block.more:
+        if not blocks[-1].more:
             self._outputs.hasten()
 
     async def _take(self, block: FetchedBlock) -> None:

@@ -17,10 +17,11 @@ from aiokafka.protocol.fetch import FetchRequest
 from confluent_kafka import Producer
 from confluent_kafka import TopicPartition as ClientPartition
 from confluent_kafka.admin import AdminClient, NewTopic
+from faust.types import TP
 
 from stream.broker import Broker
 from stream.errors import BrokerError
-from stream.transport import BlockFetcher, FetchedBlock
+from stream.transport import BlockFetcher, FetchedBlock, _together
 from stream.wire import RecordBlock
 from stream.wire.record_reader import RecordReader
 
@@ -210,6 +211,27 @@ def test_of_blocks_that_come_together_the_last_one_says_so(broker: Broker) -> No
             assert await fetcher.fetched_blocks(None, 0.0, 7) == {}
 
     run(main)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([], []),
+        ([5, 7, 30], [[0, 1, 2]]),
+        ([9000], [[0]]),
+        ([4000, 96, 1, 9000, 4096, 2, 3], [[0, 1], [2], [3], [4], [5, 6]]),
+    ],
+)
+def test_small_blocks_come_in_one_message(sizes: list[int], expected: list[list[int]]) -> None:
+    # Given a fetch with blocks of so many records, of as many partitions
+    fetched = []
+    for number, size in enumerate(sizes):
+        records = RecordBlock.from_lists([b"key"] * size, [b"value"] * size, np.arange(size), np.full(size, 10**13))
+        fetched.append((TP("events", number), FetchedBlock(number, 0, records)))
+    # Then they are handed over in their order, together up to so many records, by the partition of the first
+    together = list(_together(fetched))
+    assert [[block.partition for block in blocks] for _, blocks in together] == expected
+    assert [tp.partition for tp, _ in together] == [numbers[0] for numbers in expected]
 
 
 def publish_steadily(topic: Topic, stop: threading.Event) -> None:

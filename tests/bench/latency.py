@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import threading
 import time
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 from stream.kafka import client_config
 from stream.ports import free_port
 from stream.wire import decode_embedding
-from tests.bench.support.site import Site, busy_seconds, cpu_seconds, machine, open_site, scrape
+from tests.bench.support.site import Site, busy_seconds, cpu_seconds, machine, open_site, parsed, scrape
 from tests.bench.support.stream import Publisher, Watcher, undisturbed
 from tests.bench.support.workload import Workload
 from tests.support.processes import Livestate, http_get, wait_for
@@ -37,6 +38,9 @@ from tests.support.trunk import publish_version
 
 __all__ = ["main"]
 
+#: How often the worker is asked for what it did. An answer takes it a millisecond or more, in which others wait.
+_ASKED_S = 0.5
+_ENDED = re.compile(r'^livestate_checkpoint_timestamp_seconds\{partition="\d+"\} (\S+)$', re.MULTILINE)
 #: Events of one client that come while a row lives, on average: e^-1.6, a fifth of the clients, have none.
 _EVENTS_A_LIFE = 1.6
 
@@ -83,15 +87,19 @@ class _Checkpoints:
 
     def _follow(self) -> None:
         count = seconds = 0.0
-        before = time.perf_counter()
-        while not self._stopping.wait(0.1):
-            metrics, now = scrape(self._port), time.perf_counter()
+        ended_before: set[float] = set()
+        while not self._stopping.wait(_ASKED_S):
+            text = http_get(self._port, "/metrics")[1]
+            # Of each partition, by the clock on the wall; before the first checkpoint, when its rows were there.
+            ended = {float(found) for found in _ENDED.findall(text)}
+            metrics = parsed(text)
             if not metrics:
                 continue
             done, took = metrics["livestate_checkpoints_total"], metrics["livestate_checkpoint_seconds_sum"]
-            if done > count:
-                self.intervals.append((before - (took - seconds), now))
-            count, seconds, before = done, took, now
+            for at in ended - ended_before if done > count else ():
+                end = at - time.time() + time.perf_counter()
+                self.intervals.append((end - (took - seconds) / (done - count), end))
+            count, seconds, ended_before = done, took, ended
 
 
 @contextmanager

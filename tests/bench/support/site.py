@@ -33,6 +33,7 @@ __all__ = [
     "machine",
     "on_cores",
     "open_site",
+    "parsed",
     "scrape",
 ]
 
@@ -156,8 +157,13 @@ def open_site(
 
 def scrape(port: int) -> dict[str, float]:
     """Every metric of a worker, summed over its labels; empty where nobody listens."""
+    return parsed(http_get(port, "/metrics")[1])
+
+
+def parsed(text: str) -> dict[str, float]:
+    """Every metric in what a worker answers, summed over its labels."""
     found: dict[str, float] = {}
-    for line in http_get(port, "/metrics")[1].splitlines():
+    for line in text.splitlines():
         if not line.startswith("#") and "_bucket{" not in line:
             name, value = line.rsplit(" ", 1)
             name = name.split("{", 1)[0]

@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 #: For the broker to confirm a checkpoint.
 CHECKPOINT_TIMEOUT_S = 60.0
+#: Share of a partition's time between the checkpoints of two partitions over which its work is spread: events come
+#: the later the denser it is, and a slow broker needs some time as well.
+_SPREAD = 0.8
 
 
 class Ownership:
@@ -221,7 +224,7 @@ class Ownership:
                 if owned is None:
                     continue
                 try:
-                    await self._checkpoint(owned, CHECKPOINT_TIMEOUT_S, 0.5 * share_s)
+                    await self._checkpoint(owned, CHECKPOINT_TIMEOUT_S, _SPREAD * share_s)
                 except Fenced as error:
                     # Another worker owns it; the group will tell this one in its next rebalance.
                     logger.warning("%s", error)

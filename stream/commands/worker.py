@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 
 from stream.commands.common import add_broker_timeout, add_settings, configure_logging, settings_of
 
@@ -24,6 +26,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _worker(options: argparse.Namespace) -> int:
+    # Until the worker itself takes it there is nothing to checkpoint: that it was told to end is no failure.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # Imported here: torch and numba take seconds that other commands need not wait for.
     from stream.worker import run_worker
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from stream.membership import Membership
 from stream.store import StoreLocked
 from stream.transport import FetchedBlock
 from stream.worker import Worker
-from tests.support.processes import http_get, metric, wait_for
+from tests.support.processes import Livestate, http_get, metric, wait_for
 from tests.support.settings import small_settings
 from tests.worker.conftest import System
 
@@ -120,6 +122,27 @@ def test_brokers_that_go_away_as_a_worker_starts_are_named(tmp_path: Path, free_
     with pytest.raises(BrokerError, match=rf"the brokers at 127\.0\.0\.1:{free_port} went away") as refused:
         asyncio.run(worker.run())
     assert refused.value.exit_code == 3
+
+
+def test_a_worker_told_to_stop_before_it_has_brokers_ends_with_0(tmp_path: Path, free_port: int) -> None:
+    # Given a worker that is starting, where no broker is
+    settings = tmp_path / "settings.toml"
+    settings.write_text(f'[kafka]\nbootstrap_servers = "127.0.0.1:{free_port}"\n')
+    arguments = ["worker", "--settings", str(settings), "--broker-timeout", "120"]
+    worker = Livestate(tmp_path / "log", arguments, {"LIVESTATE_WORKER__DATA_DIR": str(tmp_path / "data")}).start()
+    try:
+        # When it is told to stop as soon as it takes SIGTERM
+        status = Path(f"/proc/{worker.process.pid}/status")
+
+        def takes_it() -> bool:
+            caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status.read_text(), re.MULTILINE)
+            return caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+        wait_for(takes_it, 60, "the worker takes SIGTERM")
+        # Then it ends with 0, as one that has served
+        assert worker.stop() == 0, worker.text()
+    finally:
+        worker.kill()
 
 
 def test_a_worker_that_ends_is_not_ready_and_says_why(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The trainer as a process: Kafka in, parameter versions out, checkpoints on the way.
 
-What it reads is in `trainer.intake`. Versions go out every `publish_interval_s` when something changed; a version
-that is not confirmed is sent again before anything newer.
+What it reads is in `trainer.intake`. Versions go out every `publish_interval_s` when something changed, after a
+rest two together; a version that is not confirmed is sent again before anything newer.
 
 Guaranteed: what a checkpoint holds was read once; records refused since the last checkpoint are in
 dead-letters before their positions are written (twice, perhaps, after a crash). A trainer that resumes behind
@@ -19,7 +19,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from stream.errors import BrokerError, Fenced, LivestateError, ParametersError
@@ -35,6 +35,7 @@ from trainer.online import OnlineTrainer
 from trainer.pretrain import random_trunk
 from trainer.publisher import Publisher, read_latest
 from trainer.refusals import Refusals
+from trainer.timer import Timer
 
 __all__ = ["TrainerService"]
 
@@ -47,20 +48,9 @@ _GAUGES_S = 1.0
 _DEAD_LETTERS_S = 30.0
 #: For more labels a version waits so long at least, and while they come at most, as shares of the time between two.
 _GATHERING_SHARES = 0.1, 0.3
-
-
-@dataclass
-class _Timer:
-    """True from `seconds` after it last was."""
-
-    seconds: float
-    due_at: float = 0.0
-
-    def is_due(self, now: float) -> bool:
-        if now < self.due_at:
-            return False
-        self.due_at = now + self.seconds
-        return True
+#: After a rest so many versions may follow each other: labels of one moment are now and then read in two parts, and the
+#: larger one would wait for the whole time between two.
+_TOGETHER = 2
 
 
 class TrainerService:
@@ -100,7 +90,7 @@ class TrainerService:
         self._record = record
         self._takes_over = takes_over
         self._publisher: Publisher | None = None
-        self._keeping = _Timer(settings.trainer.history_interval_s)
+        self._keeping = Timer(settings.trainer.history_interval_s)
         #: States that the version on its way was made from, where it is to be kept.
         self._states: Mapping[str, bytes] | None = None
         self._created_ms = 0
@@ -215,10 +205,11 @@ class TrainerService:
         if not self._takes_over and (published is None or published.trunk_id != trainer.parameters.trunk_id):
             # There is no version that an earlier one could follow.
             intake.take_as_caught_up()
-        checkpoints = _Timer(settings.trainer.checkpoint_interval_s)
+        checkpoints = Timer(settings.trainer.checkpoint_interval_s)
         checkpoints.is_due(self._monotonic())
-        publishing, gauges = _Timer(settings.trainer.publish_interval_s), _Timer(_GAUGES_S)
-        dense, retries = _Timer(settings.trainer.dense_interval_s), _Timer(_RETRY_S)
+        publishing = Timer(settings.trainer.publish_interval_s, _TOGETHER)
+        dense = Timer(settings.trainer.dense_interval_s, _TOGETHER)
+        gauges, retries = Timer(_GAUGES_S), Timer(_RETRY_S)
         gathering = Gathering(*(share * settings.trainer.publish_interval_s for share in _GATHERING_SHARES))
         first = True
         moved_at = self._monotonic()

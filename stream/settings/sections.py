@@ -440,7 +440,7 @@ class Trainer(_Section, frozen=True):
     data_dir: str = "data/trainer"
     #: Time between checkpoints.
     checkpoint_interval_s: Seconds = 10.0
-    #: Time between parameter versions, where something was learned.
+    #: Time between parameter versions, where something was learned; after a rest two may follow each other.
     publish_interval_s: Seconds = 0.5
     #: Most versions kept for `livestate rollback`; of older ones, fewer and fewer for the same time.
     history_versions: Annotated[int, Meta(ge=2, le=1000)] = 32

@@ -453,7 +453,8 @@ class Trainer(_Section, frozen=True):
     when_behind: Literal["wait", "sample"] = "wait"
     #: The share of labels that is learned from then; each weighs as many as it stands for.
     sample_share: Annotated[float, Meta(gt=0, le=1)] = 0.1
-    #: Time between versions with tensors (heads' weights); those in between have rows of tables only.
+    #: Time between versions with tensors (heads' weights), two of which may follow each other after a rest; those in
+    #: between have rows of tables only.
     dense_interval_s: Seconds = 0.5
     #: Whether what a task learned is held back, and given up, where it proves worse than a good state from before.
     guard: bool = True

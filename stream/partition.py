@@ -261,7 +261,7 @@ class Partition:
         store, triggers = self.store, advanced.triggers
         width = served.engine.layout.hidden
         predictions = served.questions.predict(served.heads, columns, triggers)
-        final_slots, final_event, final_hidden = advanced.slots, advanced.last_event, advanced.hidden()
+        final_slots, final_event, final_hidden = advanced.slots, advanced.last_event, advanced.hidden
         if advanced.events < np.count_nonzero(slots >= 0):
             given = np.flatnonzero(slots >= 0)
             # Clients whose events were all replayed are published again, as they are.

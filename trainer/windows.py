@@ -196,8 +196,7 @@ class Windows:
         dense[place[~given]], left[place[~given]] = self._dense[kept], self._codes[kept]
         row = encoded.starts[(event - before[client])[given]] + client[given]
         dense[place[given]], left[place[given]] = encoded.dense[row], codes[row]
-        states = engine.step(dense, left, starts, self._hidden[slots[order]])
-        self._hidden[slots[order]] = states[starts[lengths - 1] + np.arange(len(order))]
+        self._hidden[slots[order]] = engine.step(dense, left, starts, self._hidden[slots[order]])
 
     # ---------------------------------------------------------------- what is learned from
 

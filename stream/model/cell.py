@@ -10,9 +10,9 @@ torch.nn.GRU (reset gate after the recurrent product).
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from stream.borrowing import borrowing
 from stream.errors import ParametersError
 from stream.model.gates import advance_states
 from stream.model.parameters import ParameterSet
@@ -55,7 +55,6 @@ class Cell:
         self._panels, self._bias = pack_weights(tensors["weight_hh"], tensors["bias_hh"])
         scratch = (_CHUNK_ROWS, padded_columns(3 * hidden))
         self._from_input, self._from_state = aligned_zeros(scratch), aligned_zeros(scratch)
-        self._state = np.empty((_CHUNK_ROWS, hidden), np.float32)
         self._powers = np.empty(3 * hidden, np.float32)
         self._parts = np.empty(2 * hidden, np.float32)
 
@@ -65,23 +64,26 @@ class Cell:
         starts: NDArray[np.int64],
         rows: NDArray[np.float32],
         slots: NDArray[np.int64],
-        out: NDArray[np.float32],
-    ) -> None:
-        """Step through waves; all arrays in C order.
+        kept: NDArray[np.int64],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Step through waves: the states (clients, H) after the last one, and those (k, H) right after some events.
 
         Parameters
         ----------
-        inputs: (events, D) encoded events in wave order.
+        inputs: (events, D) encoded events in wave order; C order, as are `rows`.
         starts: (waves + 1,) first row of each wave; a wave has at most as many rows as the one before.
         rows, slots: (any, H or more) and (clients,): the states before the first wave are the first H columns of
             rows[slots], in the order of the wave's rows.
-        out: (events, H) receives the state after each event.
+        kept: (k,) rows of `inputs`, rising.
         """
+        states = np.empty((len(slots), self.hidden), np.float32)
+        after = np.empty((len(kept), self.hidden), np.float32)
         _run_waves(
             inputs, starts, rows, slots, self._input_panels, self._input_bias, self._panels, self._bias,
-            self._from_input, self._from_state, self._state, self._powers, self._powers.view(np.int32), self._parts,
-            out,
+            self._from_input, self._from_state, self._powers, self._powers.view(np.int32), self._parts,
+            states, kept, after,
         )  # fmt: skip
+        return states, after
 
     def self_check(self, generator: np.random.Generator) -> None:
         """Prove on this machine that a row's result does not depend on its neighbours.
@@ -101,20 +103,20 @@ class Cell:
                 raise ParametersError("on this machine a row's state depends on the other rows of its batch")
 
     def _one_wave(self, inputs: NDArray[np.float32], state: NDArray[np.float32]) -> NDArray[np.float32]:
-        out = np.empty((len(inputs), self.hidden), np.float32)
-        self.run(inputs, np.array([0, len(inputs)]), state, np.arange(len(inputs)), out)
-        return out
+        starts = np.array([0, len(inputs)])
+        return self.run(inputs, starts, state, np.arange(len(inputs)), np.empty(0, np.int64))[0]
 
 
-@njit(cache=True, nogil=True)
+@borrowing()
 def _run_waves(  # type: ignore[no-untyped-def]
     inputs, starts, rows, slots, input_panels, input_bias, panels, bias,
-    from_input, from_state, state, powers, bits, parts, out,
+    from_input, from_state, powers, bits, parts, states, kept, after,
 ):  # fmt: skip
     """Pieces of a wave, as large as the scratch arrays, whose input products are those of a chunk of all events."""
-    events, width = out.shape
+    events = inputs.shape[0]
+    width = states.shape[1]
     most = from_input.shape[0]
-    at = wave = 0
+    at = wave = found = 0
     while at < events:
         while starts[wave + 1] <= at:
             wave += 1
@@ -123,19 +125,20 @@ def _run_waves(  # type: ignore[no-untyped-def]
             multiply_add(inputs, at, min(most, events - at), input_panels, input_bias, from_input)
         count = min(starts[wave + 1], chunk + most) - at
         # A wave's clients are the first ones of the wave before.
+        first = at - starts[wave]
         if wave == 0:
-            before, row = state, 0
-            for i in range(count):
+            for i in range(at, at + count):
                 # Also of the next pieces, whose rows memory then brings while this one is computed.
-                if at + i + _AHEAD < starts[1]:
+                if i + _AHEAD < starts[1]:
                     for k in range(0, width, LINE):
-                        prefetch(rows, slots[at + i + _AHEAD] * rows.shape[1] + k)
+                        prefetch(rows, slots[i + _AHEAD] * rows.shape[1] + k)
                 for k in range(width):
-                    state[i, k] = rows[slots[at + i], k]
-        else:
-            before, row = out, starts[wave - 1] + at - starts[wave]
-        multiply_add(before, row, count, panels, bias, from_state)
-        advance_states(
-            from_input[at - chunk :], from_state, before[row:], width, powers, bits, parts, out[at : at + count]
-        )
+                    states[i, k] = rows[slots[i], k]
+        multiply_add(states, first, count, panels, bias, from_state)
+        advance_states(from_input, at - chunk, from_state, count, width, powers, bits, parts, states, first)
+        while found < kept.shape[0] and kept[found] < at + count:
+            row = first + kept[found] - at
+            for k in range(width):
+                after[found, k] = states[row, k]
+            found += 1
         at += count

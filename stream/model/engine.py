@@ -55,8 +55,8 @@ class Triggers:
 @dataclass(frozen=True)
 class Advanced:
     """What a batch did: `slots` (u,) of the rows that changed, `last_event` (u,) the index of the last event of
-    each, `events` applied, `waves` run, the triggers, the batch as it was encoded, and `states` (events, H) after each
-    of its events, in wave order."""
+    each, `events` applied, `waves` run, the triggers, the batch as it was encoded, and `hidden` (u, H), the states of
+    the rows after it."""
 
     slots: NDArray[np.int64]
     last_event: NDArray[np.int64]
@@ -64,11 +64,7 @@ class Advanced:
     waves: int
     triggers: Triggers
     encoded: Encoded
-    states: NDArray[np.float32]
-
-    def hidden(self) -> NDArray[np.float32]:
-        """(u, H) states of the rows after the batch."""
-        return self.states[self.encoded.last]
+    hidden: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -153,23 +149,27 @@ class Engine:
             empty = Triggers(nothing, nothing, np.empty((0, layout.hidden), np.float32), encoded.trigger_memory)
             return Advanced(nothing, nothing, 0, 0, empty, encoded, empty.hidden)
         event_at = np.empty(events, np.int64)
-        states = self._run(
-            encoded.position, encoded.dense, encoded.codes, encoded.starts, rows.vectors, encoded.slots, event_at
-        )
-        hidden = states[encoded.position[encoded.trigger_event]]
+        asked = encoded.position[encoded.trigger_event]
+        order = np.argsort(asked)
+        hidden, kept = self._run(
+            encoded.position, encoded.dense, encoded.codes, encoded.starts, rows.vectors, encoded.slots, asked[order],
+            event_at,
+        )  # fmt: skip
+        at_triggers = np.empty_like(kept)
+        at_triggers[order] = kept
         return Advanced(
             slots=encoded.slots,
             last_event=event_at[encoded.last],
             events=events,
             waves=len(encoded.starts) - 1,
-            triggers=Triggers(encoded.trigger_event, encoded.trigger_seen, hidden, encoded.trigger_memory),
+            triggers=Triggers(encoded.trigger_event, encoded.trigger_seen, at_triggers, encoded.trigger_memory),
             encoded=encoded,
-            states=states,
+            hidden=hidden,
         )
 
     def settle(self, advanced: Advanced, rows: Rows) -> None:
         """Write the hidden states of what was prepared last; nothing in it can fail."""
-        kernels.scatter_hidden(advanced.states, advanced.encoded.last, advanced.slots, self.layout.hidden, rows.vectors)
+        kernels.scatter_hidden(advanced.hidden, advanced.slots, rows.vectors)
 
     def step(
         self,
@@ -178,7 +178,7 @@ class Engine:
         starts: NDArray[np.int64],
         first: NDArray[np.float32],
     ) -> NDArray[np.float32]:
-        """(n, H) states after n encoded events in wave order; the same bits that `advance` gave them.
+        """(clients, H) states after n encoded events in wave order; the same bits that `advance` gave them.
 
         Parameters
         ----------
@@ -189,7 +189,8 @@ class Engine:
         """
         place = np.arange(len(dense))
         clients = np.arange(len(first))
-        return self._run(place, dense, codes, starts, first, clients, np.empty(len(dense), np.int64))
+        none = np.empty(0, np.int64)
+        return self._run(place, dense, codes, starts, first, clients, none, np.empty(len(dense), np.int64))[0]
 
     def _run(
         self,
@@ -199,17 +200,16 @@ class Engine:
         starts: NDArray[np.int64],
         before: NDArray[np.float32],
         slots: NDArray[np.int64],
+        kept: NDArray[np.int64],
         event_at: NDArray[np.int64],
-    ) -> NDArray[np.float32]:
-        """(events, H) states in wave order; `event_at` (events,) receives which event of the batch each is."""
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """See `Cell.run`; `event_at` (events,) receives which event of the batch each is."""
         inputs = np.empty((len(dense), self.layout.inputs), np.float32)
         kernels.assemble(
             position, dense, codes, self._tables, self._table_start, self._table_width, self._table_column, inputs,
             event_at,
         )  # fmt: skip
-        states = np.empty((len(dense), self.layout.hidden), np.float32)
-        self.cell.run(inputs, starts, before, slots, states)
-        return states
+        return self.cell.run(inputs, starts, before, slots, kept)
 
     def moved(self, parameters: ParameterSet) -> Engine:
         """The engine of a later version of the same online trunk; this one where the trunk has not moved.

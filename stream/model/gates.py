@@ -12,6 +12,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from stream.borrowing import borrowing
+
 __all__ = ["advance_states"]
 
 _LOG2_E = np.float32(1.4426950408889634)
@@ -42,32 +44,36 @@ def _exponential(x):  # type: ignore[no-untyped-def]
     return p * (r * r) + r + _ONE, n
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def advance_states(from_input, from_state, state, width, powers, bits, parts, out):  # type: ignore[no-untyped-def]
-    """New states of a wave.
+@borrowing(error_model="numpy")
+def advance_states(  # type: ignore[no-untyped-def]
+    from_input, begin, from_state, count, width, powers, bits, parts, states, first
+):
+    """New states of a piece of a wave, in the place of the old ones.
 
     Parameters
     ----------
-    from_input, from_state: float32 (n or more, 3H), products with their biases, gates in order reset, update, new.
-    state: float32 (n or more, H). width: H.
+    from_input, from_state: float32 (any, 3H), products with their biases, gates in order reset, update, new: rows from
+        `begin` on, and from 0 on. count: of rows. width: H.
     powers, bits: float32[3H] and the same memory as int32[3H]. parts: float32[2H]. Both scratch.
-    out: float32 (n, H).
+    states: float32 (any, H), of which rows from `first` on change.
     """
     one_more = np.int32(127)
     shift = np.int32(23)
-    for row in range(out.shape[0]):
+    for row in range(count):
+        given = begin + row
+        at = first + row
         for k in range(2 * width):
-            m, n = _exponential(-(from_input[row, k] + from_state[row, k]))
+            m, n = _exponential(-(from_input[given, k] + from_state[row, k]))
             parts[k] = m
             bits[k] = (np.int32(n) + one_more) << shift
         for k in range(2 * width):
             powers[k] = _ONE / (_ONE + parts[k] * powers[k])
         for k in range(width):
-            candidate = from_input[row, 2 * width + k] + powers[k] * from_state[row, 2 * width + k]
+            candidate = from_input[given, 2 * width + k] + powers[k] * from_state[row, 2 * width + k]
             m, n = _exponential(-(candidate + candidate))
             parts[k] = m
             bits[2 * width + k] = (np.int32(n) + one_more) << shift
         for k in range(width):
             power = parts[k] * powers[2 * width + k]
             new = (_ONE - power) / (_ONE + power)
-            out[row, k] = new + powers[width + k] * (state[row, k] - new)
+            states[at, k] = new + powers[width + k] * (states[at, k] - new)

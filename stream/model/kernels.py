@@ -339,15 +339,16 @@ def assemble(  # type: ignore[no-untyped-def]
 
 
 @borrowing()
-def scatter_hidden(source, rows, slots, columns, vectors):  # type: ignore[no-untyped-def]
-    """vectors[slots[i], :columns] = source[rows[i], :columns]."""
+def scatter_hidden(source, slots, vectors):  # type: ignore[no-untyped-def]
+    """vectors[slots[i], :columns] = source[i], which has so many columns."""
+    columns = source.shape[1]
     width = vectors.shape[1]
-    for i in range(rows.shape[0]):
-        if i + _AHEAD < rows.shape[0]:
+    for i in range(slots.shape[0]):
+        if i + _AHEAD < slots.shape[0]:
             for k in range(0, columns, LINE):
                 prefetch(vectors, slots[i + _AHEAD] * width + k)
         for k in range(columns):
-            vectors[slots[i], k] = source[rows[i], k]
+            vectors[slots[i], k] = source[i, k]
 
 
 @njit(cache=True, nogil=True)

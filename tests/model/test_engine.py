@@ -62,6 +62,9 @@ def _block(drawn: list[tuple[int, int, tuple[str, dict[str, str | float]]]]) -> 
     return block, np.array(slots, np.int64)
 
 
+_OF_TRIGGERS = ("event", "events_seen", "hidden", "memory")
+
+
 def _bits(rows: PlainRows) -> bytes:
     return b"".join(a.tobytes() for a in (rows.vectors, rows.events_seen, rows.last_event_ms, rows.applied_offset))
 
@@ -76,16 +79,19 @@ def test_any_cut_into_batches_gives_the_same_bits(
     columns = DECODER.decode(block)
     assert columns.accepted.all(), columns.rejected
     # When they are applied one at a time, as one batch, and cut anywhere
-    results = []
+    results, asked = [], []
     n = len(drawn)
     for bounds in (list(range(n + 1)), [0, n], sorted({0, n, *(min(c, n) for c in cuts)})):
         rows = PlainRows(CLIENTS, LAYOUT.width)
+        triggers = []
         for begin, end in itertools.pairwise(bounds):
             inside = (np.arange(n) >= begin) & (np.arange(n) < end)
-            ENGINE.advance(columns, np.where(inside, slots, -1), rows)
+            triggers.append(ENGINE.advance(columns, np.where(inside, slots, -1), rows).triggers)
         results.append(_bits(rows))
-    # Then all rows are equal, bit for bit, and finite
+        asked.append([b"".join(getattr(one, name).tobytes() for one in triggers) for name in _OF_TRIGGERS])
+    # Then all rows are equal, bit for bit, and finite, and so are those that predictions are made from
     assert results[0] == results[1] == results[2]
+    assert asked[0] == asked[1] == asked[2]
     assert np.isfinite(rows.vectors).all()
 
 

@@ -69,14 +69,17 @@ class Advanced:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch in wave order before the learned part: `dense` (events, dense inputs); `codes` (n, fields) row of
-    each embedded field per event of the batch, -1 absent; `position` (n,) row in wave order, -1 skipped."""
+    """A batch in wave order before the learned part: `dense` (events, dense inputs), the first columns of `inputs`,
+    which has room for what is learned; `codes` (n, fields) row of each embedded field per event of the batch, -1
+    absent; `position` (n,) row in wave order, -1 skipped, and `event_at` (events,) its inverse."""
 
     position: NDArray[np.int64]
+    event_at: NDArray[np.int64]
     slots: NDArray[np.int64]
     last: NDArray[np.int64]
     starts: NDArray[np.int64]
     events: int
+    inputs: NDArray[np.float32]
     dense: NDArray[np.float32]
     codes: NDArray[np.int32]
     trigger_event: NDArray[np.int64]
@@ -124,7 +127,7 @@ class Engine:
         self._table_start = np.concatenate([[0], np.cumsum([t.size for t in tables])]).astype(np.int64)
         self._table_width = np.array(widths, np.int64)
         self._table_column = (layout.dense_inputs + np.concatenate([[0], np.cumsum(widths)])).astype(np.int64)
-        self._encoder = EventEncoder(layout, self._values, self._scale)
+        self._encoder = EventEncoder(layout, self._values, self._scale, layout.inputs)
 
     def advance(self, columns: EventColumns, slots: NDArray[np.int64], rows: Rows) -> Advanced:
         """Apply the accepted events of a batch, in offset order, to their rows."""
@@ -148,18 +151,16 @@ class Engine:
             nothing = np.empty(0, np.int64)
             empty = Triggers(nothing, nothing, np.empty((0, layout.hidden), np.float32), encoded.trigger_memory)
             return Advanced(nothing, nothing, 0, 0, empty, encoded, empty.hidden)
-        event_at = np.empty(events, np.int64)
         asked = encoded.position[encoded.trigger_event]
         order = np.argsort(asked)
         hidden, kept = self._run(
-            encoded.position, encoded.dense, encoded.codes, encoded.starts, rows.vectors, encoded.slots, asked[order],
-            event_at,
-        )  # fmt: skip
+            encoded.event_at, encoded.inputs, encoded.codes, encoded.starts, rows.vectors, encoded.slots, asked[order]
+        )
         at_triggers = np.empty_like(kept)
         at_triggers[order] = kept
         return Advanced(
             slots=encoded.slots,
-            last_event=event_at[encoded.last],
+            last_event=encoded.event_at[encoded.last],
             events=events,
             waves=len(encoded.starts) - 1,
             triggers=Triggers(encoded.trigger_event, encoded.trigger_seen, at_triggers, encoded.trigger_memory),
@@ -187,28 +188,26 @@ class Engine:
         starts: (waves + 1,) first event of each wave; a wave has at most as many as the one before.
         first: (clients, H) states before the first wave, in its order.
         """
-        place = np.arange(len(dense))
-        clients = np.arange(len(first))
+        inputs = np.empty((len(dense), self.layout.inputs), np.float32)
+        inputs[:, : self.layout.dense_inputs] = dense
+        place, clients = np.arange(len(dense)), np.arange(len(first))
         none = np.empty(0, np.int64)
-        return self._run(place, dense, codes, starts, first, clients, none, np.empty(len(dense), np.int64))[0]
+        return self._run(place, inputs, codes, starts, first, clients, none)[0]
 
     def _run(
         self,
-        position: NDArray[np.int64],
-        dense: NDArray[np.float32],
+        event_at: NDArray[np.int64],
+        inputs: NDArray[np.float32],
         codes: NDArray[np.int32],
         starts: NDArray[np.int64],
         before: NDArray[np.float32],
         slots: NDArray[np.int64],
         kept: NDArray[np.int64],
-        event_at: NDArray[np.int64],
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """See `Cell.run`; `event_at` (events,) receives which event of the batch each is."""
-        inputs = np.empty((len(dense), self.layout.inputs), np.float32)
+        """Put the learned part of the inputs beside the dense one, and run the cell; see `Cell.run`."""
         kernels.assemble(
-            position, dense, codes, self._tables, self._table_start, self._table_width, self._table_column, inputs,
-            event_at,
-        )  # fmt: skip
+            event_at, codes, self._tables, self._table_start, self._table_width, self._table_column, inputs
+        )
         return self.cell.run(inputs, starts, before, slots, kept)
 
     def moved(self, parameters: ParameterSet) -> Engine:
@@ -242,10 +241,18 @@ class EventEncoder:
     """Plans a batch, advances memory and metadata, and writes the encoder's inputs short of the learned tables.
 
     Training uses it directly, so that what is trained is what is served.
+
+    Parameters
+    ----------
+    values: of each embedded field. scale: (2, numbers).
+    width: columns to make for each event, the dense inputs first; no more than these by default.
     """
 
-    def __init__(self, layout: Layout, values: list[ValueTable], scale: NDArray[np.float64]) -> None:
+    def __init__(
+        self, layout: Layout, values: list[ValueTable], scale: NDArray[np.float64], width: int | None = None
+    ) -> None:
         self._layout = layout
+        self._width = width or layout.dense_inputs
         self._values = values
         self._scale = scale
         self._declared = {key: ValueTable([v.encode() for v in values]) for key, values in layout.declared.items()}
@@ -264,6 +271,7 @@ class EventEncoder:
             self._counts = np.zeros(capacity, np.int32)
             self._rank = np.zeros(capacity, np.int64)
         position = np.empty(n, np.int64)
+        event_at = np.empty(n, np.int64)
         unique = np.empty(n, np.int64)
         clients, events, starts, last = kernels.plan(
             slots,
@@ -272,6 +280,7 @@ class EventEncoder:
             rows.applied_offset,
             self._counts,
             position,
+            event_at,
             unique,
             self._rank,
         )
@@ -286,23 +295,25 @@ class EventEncoder:
         trigger_event = np.empty(triggers, np.int64)
         trigger_seen = np.empty(triggers, np.int64)
         trigger_memory = np.empty((triggers, layout.memory), np.float32)
-        dense = np.empty((events, layout.dense_inputs), np.float32)
+        inputs = np.empty((events, self._width), np.float32)
         program = layout.table
         kernels.advance(
             slots, position, columns.offsets, columns.timestamp_ms, columns.modality, columns.numbers,
             columns.category_hash, columns.category_length, declared,
             rows.vectors, layout.hidden, rows.events_seen, rows.last_event_ms, rows.applied_offset,
             program.first, program.integers, program.constants, program.decay_half_life_ms, program.decay_bounds,
-            layout.number_inputs, self._scale, dense, self._is_trigger, trigger_event, trigger_seen, trigger_memory,
-            len(layout.schema.modalities),
+            layout.number_inputs, self._scale, layout.dense_inputs, inputs, self._is_trigger,
+            trigger_event, trigger_seen, trigger_memory, len(layout.schema.modalities),
         )  # fmt: skip
         return Encoded(
             position,
+            event_at[:events],
             unique[:clients].copy(),
             last,
             starts,
             events,
-            dense,
+            inputs,
+            inputs[:, : layout.dense_inputs],
             codes,
             trigger_event,
             trigger_seen,

@@ -23,12 +23,15 @@ _LARGEST = 1e15  # a sum of amounts beyond this could overflow float32 and poiso
 
 
 @njit(cache=True, nogil=True)
-def plan(slots, accepted, offsets, applied_offset, counts, position, unique, rank_of):  # type: ignore[no-untyped-def]
+def plan(  # type: ignore[no-untyped-def]
+    slots, accepted, offsets, applied_offset, counts, position, event_at, unique, rank_of
+):
     """Order the events of a batch into waves.
 
     The i-th event of each client belongs to wave i. Clients are ranked by their number of events, most first, so
     the clients of a wave are always the first rows of the wave before. `position[i]` is event i's row in that
-    order, -1 for an event that is skipped: rejected, or at or below its row's `applied_offset`.
+    order, -1 for an event that is skipped: rejected, or at or below its row's `applied_offset`; `event_at` is the
+    inverse.
 
     Returns (clients, events, wave starts). `counts` is scratch of one zero per slot and is zero again afterwards.
     """
@@ -71,7 +74,9 @@ def plan(slots, accepted, offsets, applied_offset, counts, position, unique, ran
         ranked[rank] = slot
     for i in range(n):
         if position[i] >= 0:
-            position[i] = starts[position[i]] + rank_of[slots[i]]
+            at = starts[position[i]] + rank_of[slots[i]]
+            position[i] = at
+            event_at[at] = i
     last = np.empty(clients, np.int64)
     for rank in range(clients):
         slot = ranked[rank]
@@ -246,16 +251,20 @@ def advance(  # type: ignore[no-untyped-def]
     slots, position, offsets, timestamps, modality, numbers, hashes, lengths, declared,
     vectors, hidden, events_seen, last_event_ms, applied_offset,
     first, operations, constants, decay_half_life_ms, decay_bounds,
-    number_inputs, scale, dense, is_trigger, trigger_event, trigger_seen, trigger_memory, modalities,
+    number_inputs, scale, dense_inputs, out, is_trigger, trigger_event, trigger_seen, trigger_memory, modalities,
 ):  # fmt: skip
-    """Apply every planned event, in order, to memory and metadata, and write its dense inputs at its position.
+    """Apply every planned event, in order, to memory and metadata, and write its dense inputs at its position in `out`.
 
     `is_trigger[m]` says that modality m asks for a prediction; the memory right after such an event is copied
     to `trigger_memory`. Returns the number of triggers.
     """
     triggers = 0
-    time_column = dense.shape[1] - 6
+    time_column = dense_inputs - 6
+    width = out.shape[1]
     for i in range(slots.shape[0]):
+        if i + _AHEAD < slots.shape[0] and position[i + _AHEAD] >= 0:
+            for k in range(0, dense_inputs, LINE):
+                prefetch(out, position[i + _AHEAD] * width + k)
         at = position[i]
         if at < 0:
             continue
@@ -281,8 +290,8 @@ def advance(  # type: ignore[no-untyped-def]
             last_event_ms[slot] = time_ms
         applied_offset[slot] = offsets[i]
 
-        inputs = dense[at]
-        for k in range(inputs.shape[0]):
+        inputs = out[at]
+        for k in range(dense_inputs):
             inputs[k] = 0.0
         inputs[kind] = 1.0
         for column in range(number_inputs.shape[1]):
@@ -311,21 +320,13 @@ def advance(  # type: ignore[no-untyped-def]
 
 
 @borrowing()
-def assemble(  # type: ignore[no-untyped-def]
-    position, dense, codes, tables, table_start, table_width, table_column, out, event_at
-):
-    """Encoded events: dense inputs, then the embedding of each category field (zeros where it is absent).
+def assemble(event_at, codes, tables, table_start, table_width, table_column, out):  # type: ignore[no-untyped-def]
+    """Write the embedding of each category field, zeros where it is absent, beside the dense inputs.
 
-    `event_at` receives the number in the batch of the event at each position.
+    `event_at` (events,) is the row of `codes` of each row of `out`.
     """
-    width = dense.shape[1]
-    for i in range(position.shape[0]):
-        at = position[i]
-        if at < 0:
-            continue
-        event_at[at] = i
-        for k in range(width):
-            out[at, k] = dense[at, k]
+    for at in range(event_at.shape[0]):
+        i = event_at[at]
         for f in range(codes.shape[1]):
             column = table_column[f]
             code = codes[i, f]

@@ -23,7 +23,6 @@ from stream.errors import DataError
 from stream.model.engine import EventEncoder, pack_values
 from stream.model.layout import Layout
 from stream.model.parameters import ParameterSet, Tensor
-from stream.model.values import ValueTable
 from stream.settings import Settings
 from stream.wire import EventDecoder, FeedbackRecord, RecordBlock, Schema
 from trainer.files import load_parameters, read_event_file, save_parameters
@@ -177,7 +176,7 @@ def _encode(
     layout: Layout, decoder: EventDecoder, survey: Survey, blocks: list[RecordBlock]
 ) -> tuple[History, dict[bytes, int]]:
     """All events, and the number of each client."""
-    encoder = EventEncoder(layout, [ValueTable(values) for values in survey.values], survey.scale)
+    encoder = EventEncoder(layout, survey.values, survey.scale)
     slot: dict[bytes, int] = {}
     batches = []
     for block in blocks:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +21,7 @@ from stream.model import kernels
 from stream.model.cell import Cell
 from stream.model.layout import Layout
 from stream.model.parameters import ParameterSet, Tensor
-from stream.model.values import ValueTable
+from stream.model.values import FieldValues, ValueTables
 from stream.wire import EventColumns
 
 __all__ = ["Advanced", "Encoded", "Engine", "Rows", "Triggers"]
@@ -110,24 +111,24 @@ class Engine:
             raise ParametersError(
                 f"tensor 'trunk/scale' has shape {self._scale.shape}: the settings describe {(2, layout.numbers)}"
             )
-        self._values: list[ValueTable] = []
+        values: list[list[bytes]] = []
         tables: list[NDArray[np.float32]] = []
         for f in layout.embedded:
             table = parameters[f"trunk/embedding/{f.name}"]
-            values = _unpack_values(parameters, f.name)
-            if table.shape != (len(values) + 1, f.width):
+            own = _unpack_values(parameters, f.name)
+            if table.shape != (len(own) + 1, f.width):
                 raise ParametersError(
                     f"tensor 'trunk/embedding/{f.name}' has shape {table.shape}: "
-                    f"its {len(values)} values and the settings describe {(len(values) + 1, f.width)}"
+                    f"its {len(own)} values and the settings describe {(len(own) + 1, f.width)}"
                 )
-            self._values.append(ValueTable(values))
+            values.append(own)
             tables.append(np.asarray(table, np.float32).reshape(-1))
         self._tables = np.concatenate([*tables, np.zeros(1, np.float32)])
         widths = [f.width for f in layout.embedded]
         self._table_start = np.concatenate([[0], np.cumsum([t.size for t in tables])]).astype(np.int64)
         self._table_width = np.array(widths, np.int64)
         self._table_column = (layout.dense_inputs + np.concatenate([[0], np.cumsum(widths)])).astype(np.int64)
-        self._encoder = EventEncoder(layout, self._values, self._scale, layout.inputs)
+        self._encoder = EventEncoder(layout, values, self._scale, layout.inputs)
 
     def advance(self, columns: EventColumns, slots: NDArray[np.int64], rows: Rows) -> Advanced:
         """Apply the accepted events of a batch, in offset order, to their rows."""
@@ -249,14 +250,26 @@ class EventEncoder:
     """
 
     def __init__(
-        self, layout: Layout, values: list[ValueTable], scale: NDArray[np.float64], width: int | None = None
+        self, layout: Layout, values: Sequence[Sequence[bytes]], scale: NDArray[np.float64], width: int | None = None
     ) -> None:
         self._layout = layout
         self._width = width or layout.dense_inputs
-        self._values = values
         self._scale = scale
-        self._declared = {key: ValueTable([v.encode() for v in values]) for key, values in layout.declared.items()}
-        self._is_trigger = np.zeros(len(layout.schema.modalities), np.bool_)
+        modalities = len(layout.schema.modalities)
+        embedded = zip(layout.embedded, values, strict=True)
+        # Row 0 is the field's `rare` row; values follow it.
+        self._embedded = ValueTables(
+            [FieldValues(f.modality, f.column, own, number) for number, (f, own) in enumerate(embedded)],
+            modalities, first=1, missing=0,
+        )  # fmt: skip
+        self._declared = ValueTables(
+            [
+                FieldValues(modality, column, [value.encode() for value in own], column)
+                for (modality, column), own in layout.declared.items()
+            ],
+            modalities, first=0, missing=-1,
+        )  # fmt: skip
+        self._is_trigger = np.zeros(modalities, np.bool_)
         for m in layout.schema.modalities:
             self._is_trigger[m.index] = any(task.on == m.name for task in layout.settings.tasks.values())
         self._any_trigger = bool(self._is_trigger.any())
@@ -284,13 +297,8 @@ class EventEncoder:
             unique,
             self._rank,
         )
-        declared = np.full((n, max(1, layout.schema.max_categories)), -1, np.int32)
-        for (modality, column), table in self._declared.items():
-            self._lookup(table, columns, modality, column, -1, 0, declared, column)
-        codes = np.full((n, len(layout.embedded)), -1, np.int32)
-        for number, (f, table) in enumerate(zip(layout.embedded, self._values, strict=True)):
-            # Row 0 is the field's `rare` row; values follow it.
-            self._lookup(table, columns, f.modality, f.column, 0, 1, codes, number)
+        declared = self._declared.codes(columns, max(1, layout.schema.max_categories))
+        codes = self._embedded.codes(columns, len(layout.embedded))
         triggers = int(self._is_trigger[columns.modality[position >= 0]].sum()) if self._any_trigger else 0
         trigger_event = np.empty(triggers, np.int64)
         trigger_seen = np.empty(triggers, np.int64)
@@ -319,22 +327,6 @@ class EventEncoder:
             trigger_seen,
             trigger_memory,
         )
-
-    @staticmethod
-    def _lookup(
-        table: ValueTable,
-        columns: EventColumns,
-        modality: int,
-        column: int,
-        missing: int,
-        base: int,
-        out: NDArray[np.int32],
-        out_column: int,
-    ) -> None:
-        table.lookup(
-            columns.modality, modality, column, columns.text, columns.category_start,
-            columns.category_length, columns.category_hash, missing, base, out, out_column,
-        )  # fmt: skip
 
 
 def _same(old: Tensor, new: Tensor) -> bool:

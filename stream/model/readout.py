@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream.model.layout import Layout
-from stream.model.values import ValueTable
+from stream.model.values import FieldValues, ValueTables
 from stream.settings import STATE, Memory, Task
 from stream.wire import EventColumns
 
@@ -150,22 +150,17 @@ class CategoryCodes:
 
     def __init__(self, layout: Layout, modality: str, field: str) -> None:
         compiled = layout.schema.by_name[modality]
-        self._modality = compiled.index
-        self._column = compiled.category_fields[field]
-        values = layout.settings.modalities[modality].fields[field].values
-        self._table = ValueTable([value.encode() for value in values])
+        values = [value.encode() for value in layout.settings.modalities[modality].fields[field].values]
+        self._size = len(values)
+        own = FieldValues(compiled.index, compiled.category_fields[field], values, 0)
+        self._table = ValueTables([own], len(layout.schema.modalities), first=0, missing=-1)
 
     def __len__(self) -> int:
-        return len(self._table)
+        return self._size
 
     def of(self, columns: EventColumns) -> NDArray[np.int32]:
         """(n,) index of each event's value; -1 for other values, absent fields and other modalities."""
-        code = np.full((len(columns.modality), 1), -1, np.int32)
-        self._table.lookup(
-            columns.modality, self._modality, self._column, columns.text, columns.category_start,
-            columns.category_length, columns.category_hash, -1, 0, code, 0,
-        )  # fmt: skip
-        return code[:, 0]
+        return self._table.codes(columns, 1)[:, 0]
 
 
 class TaskInputs:

@@ -17,7 +17,6 @@ import numpy as np
 
 from stream.model.engine import EventEncoder
 from stream.model.layout import Layout
-from stream.model.values import ValueTable
 from stream.settings import parse
 from stream.wire import EventColumns, EventDecoder, RecordBlock, Schema
 from tests.bench.support.workload import EPOCH_MS, Workload, settings_text
@@ -98,7 +97,7 @@ class _Site:
     def __init__(self, text: str, clients: int) -> None:
         settings = parse(text)
         self.layout = Layout.compile(settings, Schema.compile(settings))
-        values = [ValueTable([b"pos"]) for _ in self.layout.embedded]
+        values = [[b"pos"] for _ in self.layout.embedded]
         scale = np.stack([np.zeros(self.layout.numbers), np.ones(self.layout.numbers)])
         self.encoder = EventEncoder(self.layout, values, scale)
         self.rows = PlainRows(clients, self.layout.width)

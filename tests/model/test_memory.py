@@ -18,7 +18,6 @@ from stream.model.engine import Engine, EventEncoder
 from stream.model.kernels import ring_code, tally_bins
 from stream.model.layout import Layout
 from stream.model.readout import Readout
-from stream.model.values import ValueTable
 from stream.settings import Memory, Where
 from stream.wire import EventColumns, EventDecoder, RecordBlock, Schema, encode_event, hash_bytes
 from tests.support.settings import small_settings
@@ -254,7 +253,7 @@ def test_any_memory_has_the_same_bits_served_replayed_and_trained_on(
     # And so is the memory where a trunk is trained, which has no trunk yet
     scale = np.stack([np.full(layout.numbers, 3.0), np.full(layout.numbers, 2.0)])
     rows = PlainRows(CLIENTS, layout.width)
-    EventEncoder(layout, [ValueTable([b"web"]) for _ in layout.embedded], scale).encode(columns, slots, rows)
+    EventEncoder(layout, [[b"web"] for _ in layout.embedded], scale).encode(columns, slots, rows)
     served = PlainRows(CLIENTS, layout.width)
     engine.advance(columns, slots, served)
     assert rows.vectors[:, layout.hidden :].tobytes() == served.vectors[:, layout.hidden :].tobytes()

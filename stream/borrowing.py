@@ -2,6 +2,8 @@
 
 numba counts who holds an array, by an atomic addition each time a kernel makes a view or passes an array on, also where
 the caller holds it all the while. In a loop over records that costs more than the work: two thirds of decoding.
+It also calls one kernel from another with six to ten words for each array, unless `forceinline=True` asks for the
+kernel itself to be put there: to be asked for where one is called for each record.
 
 Guaranteed: a kernel made here counts nothing. One that would make an array of its own does not compile: it is given
 scratch arrays instead. Its source must not keep an array beyond the call, which no compiled kernel can.

@@ -145,7 +145,7 @@ def _place_in_top(memory, at, codes, size, high, low):  # type: ignore[no-untype
     return smallest
 
 
-@borrowing()
+@borrowing(forceinline=True)
 def _remember(  # type: ignore[no-untyped-def]
     memory, i, time_ms, elapsed_ms, late_ms, modality, numbers, hashes, lengths, declared,
     first, operations, constants, decay_half_life_ms, decay_bounds,

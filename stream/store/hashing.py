@@ -11,10 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from stream.borrowing import borrowing
 
 __all__ = ["LINE", "hash_keys", "hash_one", "load_tail", "load_word", "prefetch"]
 
@@ -63,7 +66,9 @@ def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
 
 @njit(cache=True, nogil=True, inline="always")
 def load_tail(buffer: Any, start: Any, count: Any) -> Any:
-    """The last `count` (1 to 7) bytes from `start`, zero-padded; never reads past them."""
+    """`count` (1 to 7) bytes from `start`, zero-padded; reads nothing beyond the buffer."""
+    if start + 8 <= buffer.shape[0]:
+        return load_word(buffer, start) & (~np.uint64(0) >> np.uint64(64 - 8 * count))
     word = np.uint64(0)
     for i in range(count):
         word |= np.uint64(buffer[start + i]) << np.uint64(8 * i)
@@ -76,7 +81,7 @@ def _mix(h: Any, word: Any) -> Any:
     return h ^ (h >> np.uint64(32))
 
 
-@njit(cache=True, nogil=True)
+@borrowing(forceinline=True)
 def hash_one(buffer: Any, start: Any, stop: Any, seed: Any) -> Any:
     """64-bit hash of the bytes [start, stop): multiply-xorshift over words, murmur3's finaliser."""
     length = stop - start
@@ -93,11 +98,14 @@ def hash_one(buffer: Any, start: Any, stop: Any, seed: Any) -> Any:
     return h ^ (h >> np.uint64(32))
 
 
-@njit(cache=True, nogil=True)
-def hash_keys(buffer: Any, offsets: Any, seed: Any) -> Any:
-    """Hashes, uint64[n], of the n keys buffer[offsets[i]:offsets[i + 1]]."""
-    n = offsets.shape[0] - 1
-    out = np.empty(n, np.uint64)
-    for i in range(n):
+@borrowing()
+def _hash_keys(buffer: Any, offsets: Any, seed: Any, out: Any) -> None:
+    for i in range(out.shape[0]):
         out[i] = hash_one(buffer, offsets[i], offsets[i + 1], seed)
+
+
+def hash_keys(buffer: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], seed: np.uint64) -> npt.NDArray[np.uint64]:
+    """Hashes, uint64[n], of the n keys buffer[offsets[i]:offsets[i + 1]]."""
+    out = np.empty(offsets.shape[0] - 1, np.uint64)
+    _hash_keys(buffer, offsets, seed, out)
     return out

@@ -35,7 +35,7 @@ def record_bound(vector_width: int, names_length: int, task_count: int) -> int:
     return headers + len(_NAMES) + integers + 4 * vector_width + names_length + 5 * task_count
 
 
-@borrowing()
+@borrowing(forceinline=True)
 def _store(value: Any, width: Any, out: Any, position: Any) -> Any:
     """`width` bytes of `value`, big-endian."""
     for i in range(width):
@@ -43,13 +43,13 @@ def _store(value: Any, width: Any, out: Any, position: Any) -> Any:
     return position + width
 
 
-@borrowing()
+@borrowing(forceinline=True)
 def _name(index: Any, out: Any, position: Any) -> Any:
     start = _NAME_OFFSETS[index]
     return copy_bytes(_NAMES, start, _NAME_OFFSETS[index + 1] - start, out, position)
 
 
-@borrowing()
+@borrowing(forceinline=True)
 def _integer(value: Any, out: Any, position: Any) -> Any:
     raw = np.uint64(value)
     if value < 0:
@@ -71,7 +71,7 @@ def _integer(value: Any, out: Any, position: Any) -> Any:
     return _store(raw, 8, out, position + 1)
 
 
-@borrowing()
+@borrowing(forceinline=True)
 def _text_header(length: Any, out: Any, position: Any) -> Any:
     if length < 32:
         out[position] = np.uint8(0xA0 | length)

@@ -23,7 +23,7 @@ __all__ = ["RECORD_OVERHEAD", "write_records"]
 RECORD_OVERHEAD = 5 + 1 + 10 + 5 + 5 + 5 + 1
 
 
-@borrowing()
+@borrowing(forceinline=True)
 def _varint_bytes(value: Any) -> Any:
     zigzag = np.uint64((value << 1) ^ (value >> 63))
     size = 1
@@ -33,7 +33,7 @@ def _varint_bytes(value: Any) -> Any:
     return size
 
 
-@borrowing()
+@borrowing(forceinline=True)
 def _put_varint(value: Any, out: Any, position: Any) -> Any:
     zigzag = np.uint64((value << 1) ^ (value >> 63))
     while zigzag >= np.uint64(0x80):

@@ -265,6 +265,8 @@ def advance(  # type: ignore[no-untyped-def]
         if i + _AHEAD < slots.shape[0] and position[i + _AHEAD] >= 0:
             for k in range(0, dense_inputs, LINE):
                 prefetch(out, position[i + _AHEAD] * width + k)
+            for k in range(hidden, vectors.shape[1], LINE):
+                prefetch(vectors, slots[i + _AHEAD] * vectors.shape[1] + k)
         at = position[i]
         if at < 0:
             continue

@@ -35,11 +35,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--broker", choices=["auto", "apache", "embedded"], default="auto")
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--clients", type=int, default=100_000)
-    parser.add_argument("--events", type=int, help="how many to fill in; by default 200,000 for each second needed")
+    parser.add_argument("--events", type=int, help="how many to fill in; by default 500,000 for each second needed")
     parser.add_argument("--partitions", type=int, default=4)
     options = parser.parse_args(arguments)
     interval = min(10.0, options.seconds / 3.0)
-    events = options.events or math.ceil(200_000 * (options.seconds + 3.0 * interval + 2.0))
+    events = options.events or math.ceil(500_000 * (options.seconds + 3.0 * interval + 2.0))
     allowed = os.sched_getaffinity(0)
     cores = None if len(allowed) < 2 else [min(allowed)]
     workload = Workload(options.clients)

@@ -146,12 +146,7 @@ class Windows:
         """
         if not encoded.events:
             return
-        planned = np.flatnonzero(encoded.position >= 0)
-        place = encoded.position[planned]
-        codes = np.empty((encoded.events, encoded.codes.shape[1]), np.int32)
-        codes[place] = encoded.codes[planned]
-        time_ms = np.empty(encoded.events, np.int64)
-        time_ms[place] = timestamp_ms[planned]
+        codes, time_ms = encoded.codes[encoded.event_at], timestamp_ms[encoded.event_at]
         slots = encoded.slots
         # The last event of a client is in the last wave that has it.
         new = np.searchsorted(encoded.starts, encoded.last, "right").astype(np.int64)

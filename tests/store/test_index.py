@@ -84,6 +84,21 @@ def test_given_keys_that_differ_anywhere_then_their_hashes_differ() -> None:
     assert share.max() < 0.58
 
 
+@pytest.mark.parametrize("length", [*range(1, 26), 1024])
+def test_given_a_key_then_it_is_the_same_wherever_it_lies(length: int) -> None:
+    # The last bytes of a buffer are read in another way than those that others follow.
+    key = bytes(range(1, 256)) * 5
+    apart = PackedKeys.from_list([key[:length]])
+    among = PackedKeys.from_list([b"before", key[:length], b"\xff" * 20])
+    seed = np.uint64(1)
+    assert hash_keys(apart.buffer, apart.offsets, seed)[0] == hash_keys(among.buffer, among.offsets, seed)[1]
+    # It is found by either when it was put in as the other.
+    for stored, asked, at in ((apart, among, 1), (among, apart, 0)):
+        table = Table(1, 8, 3)
+        table.insert(stored, table.hashes(stored), np.full(len(stored), -1, np.int64), len(stored))
+        assert table.find(asked, table.hashes(asked))[0][at] >= 0
+
+
 @pytest.mark.parametrize("size", [8, 16, 36, 200])
 def test_given_endless_turnover_then_memory_stays_where_it_was(size: int) -> None:
     """Lengths change too: long keys of one length must not pin the room of another for ever."""

@@ -1,6 +1,6 @@
 """Time from publishing an event to its client's embedding in a consumer's hands, at a steady rate.
 
-    python -m tests.bench.latency [--seconds N] [--rate 10000] [--broker apache|embedded]
+    python -m tests.bench.latency [--seconds N] [--rate 10000] [--partitions 4] [--broker apache|embedded]
 
 Stretches on one broker with the same client settings: a worker between producer and consumer, the same while a version
 of the parameters is published every half second, a bare echo (events are produced and consumed, nothing between), a
@@ -226,6 +226,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         help="seconds before those, in which a new broker compiles, on the worker's cores",
     )
     parser.add_argument("--rate", type=float, default=10_000.0, help="events a second")
+    parser.add_argument("--partitions", type=int, default=4, help="of each topic; all are the worker's")
     parser.add_argument("--broker", choices=["auto", "apache", "embedded"], default="auto")
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--clients", type=int, default=100_000)
@@ -233,7 +234,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     interval = options.checkpoint_interval or min(10.0, options.seconds / 3.0)
     workload = Workload(options.clients)
-    overrides = {"LIVESTATE_WORKER__CHECKPOINT_INTERVAL_S": str(interval)}
+    overrides = {
+        "LIVESTATE_WORKER__CHECKPOINT_INTERVAL_S": str(interval),
+        "LIVESTATE_TOPICS__PARTITIONS": str(options.partitions),
+    }
     third_s = max(1.0, options.seconds / 3.0)
     life_s = max(1.0, min(8.0, third_s))
     with open_site(options.broker, options.hidden, 0, overrides) as site:
@@ -254,9 +258,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         **echo,
         "ratio_p99": live["p99_ms"] / echo["echo_p99_ms"],
         "settings": {
-            "broker": broker, "rate": options.rate, "seconds": options.seconds, "hidden": options.hidden,
-            "clients": options.clients, "warm_up_s": options.warm_up, "checkpoint_interval_s": interval,
-            "life_s": life_s, "machine": machine(),
+            "broker": broker, "rate": options.rate, "partitions": options.partitions, "seconds": options.seconds,
+            "hidden": options.hidden, "clients": options.clients, "warm_up_s": options.warm_up,
+            "checkpoint_interval_s": interval, "life_s": life_s, "machine": machine(),
         },
     }  # fmt: skip
     print(json.dumps({n: float(f"{v:.4g}") if isinstance(v, float) else v for n, v in result.items()}), flush=True)

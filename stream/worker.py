@@ -57,6 +57,9 @@ logger = logging.getLogger(__name__)
 _SWEEP_INTERVAL_S = 0.05
 _CORRECTED_INTERVAL_S = 1.0
 _SWEEP_BUDGET_MS = 2.0
+#: Small blocks are applied for so long before others are let go. After each one would cost more: where partitions are
+#: many, whoever waits for the interpreter takes it then, and the blocks that are left wait for all of them.
+_STRETCH_S = 0.003
 
 
 class Worker:
@@ -178,15 +181,20 @@ class Worker:
 
     async def _take_or_fail(self, blocks: Sequence[FetchedBlock]) -> None:
         try:
+            began = time.perf_counter()
             for block in blocks:
                 await self._take(block)
-                # What else waits, questions and checkpoints among it, waits for one block only.
-                await asyncio.sleep(0)
+                # What else waits, questions and checkpoints among it, waits for one large block or a few small ones.
+                if time.perf_counter() - began >= _STRETCH_S:
+                    await asyncio.sleep(0)
+                    began = time.perf_counter()
         except Exception as error:
             self._fail(error)
             raise
         if not blocks[-1].more:
             self._outputs.hasten()
+        # The next blocks may be here already.
+        await asyncio.sleep(0)
 
     async def _take(self, block: FetchedBlock) -> None:
         owned = self._owned.get(block.partition)

@@ -183,17 +183,18 @@ class Worker:
         try:
             began = time.perf_counter()
             for block in blocks:
-                await self._take(block)
-                is_last = block is blocks[-1]
-                if is_last and not block.more:
-                    self._outputs.hasten()
                 # What else waits, questions and checkpoints among it, waits for one large block or a few small ones.
-                if is_last or time.perf_counter() - began >= _STRETCH_S:
+                if time.perf_counter() - began >= _STRETCH_S:
                     await asyncio.sleep(0)
                     began = time.perf_counter()
+                await self._take(block)
         except Exception as error:
             self._fail(error)
             raise
+        if not blocks[-1].more:
+            self._outputs.hasten()
+        # The next blocks may be here already.
+        await asyncio.sleep(0)
 
     async def _take(self, block: FetchedBlock) -> None:
         owned = self._owned.get(block.partition)

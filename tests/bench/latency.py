@@ -5,9 +5,9 @@
 Stretches on one broker with the same client settings: a worker between producer and consumer, the same while a version
 of the parameters is published every half second, a bare echo (events are produced and consumed, nothing between), a
 worker that sweeps (a fifth of the clients stays away for longer than its rows live, and all come back), and the echo
-again: its delays are those of both times. A broker compiles its code while it is new, and both are slower then, the
-echo by far; so the worker's first stretch, which does not count, comes before all others. Delays while a checkpoint ran
-are also told apart. The last line is JSON.
+again: its delays are those of both times. A broker compiles its code while it is new, and worker and echo are slower
+then; so the worker's first stretch, which does not count, comes before all others. Delays while a checkpoint ran are
+also told apart. The last line is JSON.
 """
 
 from __future__ import annotations

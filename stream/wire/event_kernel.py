@@ -30,7 +30,7 @@ from stream.wire.scanning import (
     write_decimal,
 )
 
-__all__ = ["CATEGORY", "ITEMS", "NUMBER", "TEXT", "decode_regular", "hash_rows"]
+__all__ = ["CATEGORY", "ITEMS", "NUMBER", "TEXT", "clear_columns", "decode_regular", "hash_rows"]
 
 NUMBER = 0
 CATEGORY = 1
@@ -259,10 +259,36 @@ def _read_fields(
 
 
 @borrowing()
+def clear_columns(
+    accepted: Any,
+    timestamp_ms: Any,
+    modalities: Any,
+    numbers: Any,
+    category_start: Any,
+    category_length: Any,
+    category_hash: Any,
+    item_start: Any,
+    item_count: Any,
+) -> Any:
+    """Make new columns those of records that are not accepted."""
+    accepted[:] = False
+    timestamp_ms[:] = 0
+    modalities[:] = -1
+    numbers[:] = np.nan
+    category_start[:] = 0
+    category_length[:] = -1
+    category_hash[:] = 0
+    item_start[:] = 0
+    item_count[:] = -1
+
+
+@borrowing()
 def decode_regular(
-    candidates: Any,
+    passed_over: Any,
+    key_is_null: Any,
     keys: Any,
     key_offsets: Any,
+    value_is_null: Any,
     values: Any,
     value_offsets: Any,
     record_ms: Any,
@@ -298,20 +324,26 @@ def decode_regular(
     seen_in_row: Any,
     item_used: Any,
 ) -> Any:
-    """Fill the rows of regular records among `candidates` (bool[n]) and mark them in `accepted`.
+    """Fill the rows of regular records in cleared columns and mark them in `accepted`.
+
+    passed_over: bool[n], records that are not looked at; or of length 0, as none is.
 
     `extra` takes the text of categories that have none in the record: uint8, at least as many bytes as 20 a
     category column and record, and 25 more. Its byte 0 counts as the one after the last of `values`. `item_hash`
-    and `item_group` have room for an item a byte of `values`. Scratch: `followers` (fields and modalities) and
-    `seen_in_row` (fields), int64, all -1; `item_used`, one int64 of 0. The other arrays are those of `EventColumns` and
-    of the compiled schema. Returns the number of bytes used of `extra` and of items.
+    and `item_group` have room for an item a byte of `values`. Scratch: `followers` (fields and modalities),
+    `seen_in_row` (fields) and `item_used` (one), int64. The other arrays are those of `EventColumns` and of the
+    compiled schema. Returns the numbers of records accepted, of bytes used of `extra` and of items.
     """
+    followers[:] = -1
+    seen_in_row[:] = -1
+    item_used[0] = 0
+    found = 0
     n_modalities = len(modality_required)
     extra_base = len(values)
     extra_used = 0
     last_modality = np.int64(0)
-    for row in range(len(candidates)):
-        if not candidates[row]:
+    for row in range(len(accepted)):
+        if key_is_null[row] or value_is_null[row] or (len(passed_over) > 0 and passed_over[row]):
             continue
         position = value_offsets[row]
         end = value_offsets[row + 1]
@@ -451,6 +483,7 @@ def decode_regular(
             )
             regular = after >= 0
         if regular:
+            found += 1
             accepted[row] = True
             timestamp_ms[row] = moment
             modalities[row] = modality
@@ -464,7 +497,7 @@ def decode_regular(
             category_start[row, :] = 0
             category_length[row, :] = -1
             category_hash[row, :] = 0
-    return extra_used, item_used[0]
+    return found, extra_used, item_used[0]
 
 
 @borrowing()

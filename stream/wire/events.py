@@ -28,13 +28,25 @@ from stream.errors import RecordError
 from stream.settings import Limits
 from stream.store.keys import MAX_KEY_BYTES, PackedKeys
 from stream.wire.block import RecordBlock
-from stream.wire.event_kernel import CATEGORY, ITEMS, NUMBER, TEXT, decode_regular, hash_rows
+from stream.wire.event_kernel import (
+    CATEGORY,
+    ITEMS,
+    NUMBER,
+    TEXT,
+    clear_columns,
+    decode_regular,
+    hash_rows,
+)
 from stream.wire.formats import Format, format_of
 from stream.wire.hashing import hash_bytes
 from stream.wire.reader import EventReader, skew_ms
 from stream.wire.schema import Schema
 
 __all__ = ["EventColumns", "EventDecoder", "FieldValue", "Rejected", "encode_event", "encode_event_json"]
+
+#: Of fields of items, where none are declared; and of records not to be looked at, where all are.
+_NO_ITEMS = np.empty(0, np.uint64), np.empty(0, np.int32)
+_NOT_PASSED_OVER = np.empty(0, np.bool_)
 
 FieldValue = str | int | float | bool | Sequence["str | int | bool | Sequence[str | int | bool]"]
 
@@ -112,6 +124,7 @@ class EventDecoder:
         self._limits = limits
         self._default_format = default_format
         self._fast = fast
+        self._skew_ms = skew_ms(limits)
         self._reader = EventReader(schema, limits)
         self._tables = _tables(schema)
         self._n_fields = int(self._tables.modality_fields[-1])
@@ -120,40 +133,40 @@ class EventDecoder:
         """The columns of a block."""
         n = len(block)
         shape = (n, self.schema.max_categories)
-        accepted = np.zeros(n, dtype=np.bool_)
-        timestamp_ms = np.zeros(n, dtype=np.int64)
-        modality = np.full(n, -1, dtype=np.int32)
-        numbers = np.full((n, self.schema.max_numbers), np.nan)
-        category_start = np.zeros(shape, dtype=np.int64)
-        category_length = np.full(shape, -1, dtype=np.int32)
-        category_hash = np.zeros(shape, dtype=np.uint64)
         lists = (n, self.schema.max_item_fields)
-        item_start = np.zeros(lists, dtype=np.int64)
-        item_count = np.full(lists, -1, dtype=np.int32)
-        item_hash = np.empty(0, dtype=np.uint64)
-        item_group = np.empty(0, dtype=np.int32)
+        accepted = np.empty(n, np.bool_)
+        timestamp_ms = np.empty(n, np.int64)
+        modality = np.empty(n, np.int32)
+        numbers = np.empty((n, self.schema.max_numbers))
+        category_start = np.empty(shape, np.int64)
+        category_length = np.empty(shape, np.int32)
+        category_hash = np.empty(shape, np.uint64)
+        item_start = np.empty(lists, np.int64)
+        item_count = np.empty(lists, np.int32)
+        item_hash, item_group = _NO_ITEMS
+        clear_columns(
+            accepted, timestamp_ms, modality, numbers, category_start, category_length, category_hash, item_start,
+            item_count,
+        )  # fmt: skip
         text = block.value_bytes
         formats = self._formats(block)
-        if self._fast:
-            candidates = ~block.value_is_null
-            candidates &= ~block.key_is_null
-            if formats is None:
-                candidates &= self._default_format == "msgpack"
-            else:
-                candidates &= [written_as == "msgpack" for written_as in formats]
-            extra = np.empty(20 * category_start.size + 25, dtype=np.uint8)
-            room = len(block.value_bytes) if self.schema.max_item_fields else 0
-            item_hash, item_group = np.empty(room, dtype=np.uint64), np.empty(room, dtype=np.int32)
-            used, items = decode_regular(
-                candidates,
+        regular = 0
+        if self._fast and (formats is not None or self._default_format == "msgpack"):
+            extra = np.empty(20 * category_start.size + 25, np.uint8)
+            if self.schema.max_item_fields:
+                item_hash, item_group = np.empty(len(text), np.uint64), np.empty(len(text), np.int32)
+            regular, used, items = decode_regular(
+                _NOT_PASSED_OVER if formats is None else np.array([one != "msgpack" for one in formats], np.bool_),
+                block.key_is_null,
                 block.key_bytes,
                 block.key_offsets,
+                block.value_is_null,
                 block.value_bytes,
                 block.value_offsets,
                 block.timestamps_ms,
                 self._limits.record_bytes,
                 self._limits.client_id_bytes,
-                skew_ms(self._limits),
+                self._skew_ms,
                 *self._tables,
                 accepted,
                 timestamp_ms,
@@ -167,17 +180,18 @@ class EventDecoder:
                 item_hash,
                 item_group,
                 extra,
-                np.full(self._n_fields + len(self._tables.modality_required), -1, np.int64),
-                np.full(self._n_fields, -1, np.int64),
-                np.zeros(1, np.int64),
+                np.empty(self._n_fields + len(self._tables.modality_required), np.int64),
+                np.empty(self._n_fields, np.int64),
+                np.empty(1, np.int64),
             )
-            item_hash, item_group = item_hash[:items].copy(), item_group[:items].copy()
+            if len(item_hash):
+                item_hash, item_group = item_hash[:items].copy(), item_group[:items].copy()
             if used:
                 text = np.concatenate((text, extra[:used]))
                 text.flags.writeable = False
         rejected: list[Rejected] = []
-        rest = np.flatnonzero(~accepted)
-        if len(rest):
+        if regular < n:
+            rest = np.flatnonzero(~accepted)
             more = bytearray()
             listed: list[tuple[int, bytes]] = []
             for row in rest.tolist():
@@ -215,7 +229,7 @@ class EventDecoder:
         return EventColumns(
             n=n,
             accepted=accepted,
-            keys=_packed_keys(block) if len(rest) else _checked_keys(block),
+            keys=_packed_keys(block) if regular < n else _checked_keys(block),
             offsets=block.offsets,
             timestamp_ms=timestamp_ms,
             modality=modality,

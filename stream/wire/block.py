@@ -71,6 +71,27 @@ class RecordBlock:
             object.__setattr__(self, name, array)
 
     @classmethod
+    def checked(
+        cls,
+        keys: tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.bool_]],
+        values: tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.bool_]],
+        offsets: NDArray[np.int64],
+        timestamps_ms: NDArray[np.int64],
+        headers: Sequence[Headers | None] | None,
+    ) -> RecordBlock:
+        """A block of arrays that are known to agree, of these types and end to end: nothing is looked at.
+
+        keys, values: bytes, offsets and which are null. All arrays are made read-only, not copied.
+        """
+        block = cls.__new__(cls)
+        arrays: tuple[NDArray[Any], ...] = (*keys, *values, offsets, timestamps_ms)
+        for name, array in zip(_KINDS, arrays, strict=True):
+            array.setflags(write=False)
+            object.__setattr__(block, name, array)
+        object.__setattr__(block, "headers", headers)
+        return block
+
+    @classmethod
     def from_lists(
         cls,
         keys: Sequence[bytes | None],
@@ -128,6 +149,7 @@ class RecordBlock:
         return (self.headers[index] or ()) if self.headers is not None else ()
 
 
+#: The arrays of a block, in the order of its fields.
 _KINDS = {
     "key_bytes": np.uint8,
     "key_offsets": np.int64,

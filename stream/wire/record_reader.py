@@ -326,24 +326,16 @@ def _parse(text: NDArray[np.uint8], regions: NDArray[np.int64], floor: int) -> t
 
 def _block(found: _Found, part: slice) -> RecordBlock:
     spans = found.spans[part]
-    keys, key_offsets, key_is_null, values, value_offsets, value_is_null = pack_records(found.text, spans)
-    with_headers = np.flatnonzero(spans[:, 4] >= 0)
-    return RecordBlock(
-        key_bytes=keys,
-        key_offsets=key_offsets,
-        key_is_null=key_is_null,
-        value_bytes=values,
-        value_offsets=value_offsets,
-        value_is_null=value_is_null,
-        offsets=found.offsets[part],
-        timestamps_ms=found.timestamps_ms[part],
-        headers=_headers(found.text, spans[:, 4], with_headers) if len(with_headers) else None,
-    )
+    keys, values, with_headers = pack_records(found.text, spans)
+    headers = _headers(found.text, spans[:, 4]) if with_headers else None
+    return RecordBlock.checked(keys, values, found.offsets[part], found.timestamps_ms[part], headers)
 
 
-def _headers(text: NDArray[np.uint8], starts: NDArray[np.int64], which: NDArray[np.int64]) -> list[Headers | None]:
-    """The headers of those records that have some. A name that is not UTF-8 is read with U+FFFD for what is not."""
+def _headers(text: NDArray[np.uint8], starts: NDArray[np.int64]) -> list[Headers | None]:
+    """The headers of records, None where the start is -1. A name that is not UTF-8 is read with U+FFFD for what is
+    not."""
     raw = text.data
+    which = np.flatnonzero(starts >= 0)
     counts, spans = read_headers(text, starts[which])
     pairs = [
         (str(raw[a : a + b], "utf-8", "replace"), None if d < 0 else bytes(raw[c : c + d]))

@@ -287,13 +287,16 @@ def read_headers(text: Any, starts: Any) -> Any:
 
 @njit(cache=True, nogil=True)
 def pack_records(text: Any, spans: Any) -> Any:
-    """Keys and values end to end: (key bytes, key offsets, key is null, and the same of values)."""
+    """Keys and values end to end: (key bytes, key offsets, key is null), the same of values, and how many records have
+    headers."""
     n = len(spans)
     key_offsets = np.zeros(n + 1, np.int64)
     value_offsets = np.zeros(n + 1, np.int64)
     key_is_null = np.zeros(n, np.bool_)
     value_is_null = np.zeros(n, np.bool_)
+    with_headers = 0
     for i in range(n):
+        with_headers += spans[i, 4] >= 0
         key_is_null[i] = spans[i, 1] < 0
         value_is_null[i] = spans[i, 3] < 0
         key_offsets[i + 1] = key_offsets[i] + max(spans[i, 1], 0)
@@ -303,4 +306,4 @@ def pack_records(text: Any, spans: Any) -> Any:
     for i in range(n):
         copy_bytes(text, spans[i, 0], key_offsets[i + 1] - key_offsets[i], keys, key_offsets[i])
         copy_bytes(text, spans[i, 2], value_offsets[i + 1] - value_offsets[i], values, value_offsets[i])
-    return keys, key_offsets, key_is_null, values, value_offsets, value_is_null
+    return (keys, key_offsets, key_is_null), (values, value_offsets, value_is_null), with_headers

@@ -14,12 +14,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from numba import njit
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-__all__ = ["borrowing"]
+__all__ = ["borrowing", "read_only"]
 
 
 def borrowing(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """A decorator that compiles a kernel like `numba.njit(cache=True, nogil=True, **options)`."""
     decorator: Callable[[Callable[..., Any]], Any] = njit(cache=True, nogil=True, _nrt=False, **options)
     return decorator
+
+
+def read_only(array: ArrayLike, kind: DTypeLike | None = None) -> NDArray[Any]:
+    """The same values, contiguous, of that type, and read-only: one compiled kernel serves every caller."""
+    view: NDArray[Any] = np.ascontiguousarray(array, kind).view()
+    view.setflags(write=False)
+    return view

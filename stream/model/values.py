@@ -71,7 +71,7 @@ class ValueTables:
 
     def codes(self, columns: EventColumns, width: int) -> NDArray[np.int32]:
         """(n, width) the code of each event's value in its field's target; -1 where the event has no such field."""
-        out = np.full((len(columns.modality), width), -1, np.int32)
+        out = np.empty((len(columns.modality), width), np.int32)
         _look_up(
             columns.modality, columns.text, columns.category_start, columns.category_length, columns.category_hash,
             self._first, self._fields, self._places, self._text, self._missing, out,
@@ -101,6 +101,7 @@ def _look_up(  # type: ignore[no-untyped-def]
     modality, text, starts, lengths, hashes, first, fields, places, value_text, missing, out
 ):
     for i in range(modality.shape[0]):
+        out[i, :] = -1
         kind = modality[i]
         # Of a record that is no event.
         if kind < 0:

@@ -29,7 +29,7 @@ __all__ = [
     "next_set",
     "renew",
     "scatter",
-    "take_bytes",
+    "take_keys",
     "zero_rows",
 ]
 
@@ -75,12 +75,23 @@ def accounts(records: Any, slots: Any, mask: Any, out: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
-def take_bytes(buffer: Any, starts: Any, offsets: Any, out: Any) -> None:
-    """Write the bytes of buffer from each of starts (int64[n]) on to where offsets (int64[n + 1]) say, end to end."""
-    for i in range(starts.shape[0]):
-        shift = starts[i] - offsets[i]
-        for at in range(offsets[i], offsets[i + 1]):
+def take_keys(buffer: Any, offsets: Any, index: Any) -> Any:
+    """Keys of a buffer (uint8) with offsets (int64[n + 1]) at index (int64[m]): a buffer and offsets of their own.
+
+    The first position in index that no key has, or -1, comes with them; then they are not to be used.
+    """
+    n, m = offsets.shape[0] - 1, index.shape[0]
+    out_offsets = np.zeros(m + 1, np.int64)
+    for i in range(m):
+        if not 0 <= index[i] < n:
+            return np.empty(0, np.uint8), out_offsets, i
+        out_offsets[i + 1] = out_offsets[i] + offsets[index[i] + 1] - offsets[index[i]]
+    out = np.empty(out_offsets[m], np.uint8)
+    for i in range(m):
+        shift = offsets[index[i]] - out_offsets[i]
+        for at in range(out_offsets[i], out_offsets[i + 1]):
             out[at] = buffer[at + shift]
+    return out, out_offsets, -1
 
 
 @njit(cache=True, nogil=True)

@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from stream.borrowing import read_only
 from stream.errors import StoreError
 from stream.store import kernels
 
@@ -90,16 +91,16 @@ class PackedKeys:
         return f"PackedKeys(n={len(self)}, bytes={int(self.offsets[-1] - self.offsets[0])})"
 
     def take(self, indices: npt.ArrayLike) -> PackedKeys:
-        """The keys at `indices` (int64[m]), in that order."""
-        index = np.asarray(indices, np.int64)
-        starts = self.offsets[index]
-        offsets = np.zeros(index.shape[0] + 1, np.int64)
-        np.cumsum(self.offsets[index + 1] - starts, out=offsets[1:])
-        buffer = np.empty(int(offsets[-1]), np.uint8)
-        source = self.buffer.view()
-        # One compiled kernel serves every caller.
-        source.flags.writeable = False
-        kernels.take_bytes(source, starts, offsets, buffer)
+        """The keys at `indices` (int64[m], from 0), in that order.
+
+        Raises
+        ------
+        IndexError: there is no key at one of them.
+        """
+        index = read_only(indices, np.int64)
+        buffer, offsets, missing = kernels.take_keys(read_only(self.buffer), read_only(self.offsets), index)
+        if missing >= 0:
+            raise IndexError(f"key {index[missing]} of {len(self)}")
         return self.checked(buffer, offsets)
 
     @classmethod

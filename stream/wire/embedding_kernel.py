@@ -84,6 +84,12 @@ def _text_header(length: Any, out: Any, position: Any) -> Any:
     return _store(np.uint64(length), 2, out, position + 1)
 
 
+@borrowing(forceinline=True)
+def _is_given(bits: Any) -> Any:
+    """Whether these bits of a float32 are a number: beyond infinity, without the sign, they are NaN."""
+    return np.uint32(bits & np.uint32(0x7FFFFFFF)) <= np.uint32(0x7F800000)
+
+
 @borrowing()
 def encode_embeddings(
     keys: Any,
@@ -95,7 +101,6 @@ def encode_embeddings(
     vector_bytes: Any,
     vector_width_bytes: Any,
     prediction_bits: Any,
-    prediction_given: Any,
     names: Any,
     name_offsets: Any,
     out: Any,
@@ -103,9 +108,9 @@ def encode_embeddings(
 ) -> Any:
     """Write n records to `out` (uint8) and where each begins, and the last ends, to `starts` (int64[n + 1]).
 
-    vector_bytes: uint8, all vectors end to end, little-endian. prediction_bits: uint32[n, T], the bits of
-        float32.
-    prediction_given: bool[n, T]. names: uint8, task names with their MessagePack headers.
+    parameter_version: int64[n], or int64[1] for all. vector_bytes: uint8, all vectors end to end, little-endian.
+    prediction_bits: uint32[n, T], the bits of float32; NaN is not written. names: uint8, task names with their
+        MessagePack headers.
     """
     n = len(timestamp_ms)
     tasks = len(name_offsets) - 1
@@ -120,7 +125,7 @@ def encode_embeddings(
         position = copy_bytes(keys, key_start, key_length, out, position)
         position = _integer(timestamp_ms[row], out, _name(1, out, position))
         position = _integer(offset[row], out, _name(2, out, position))
-        position = _integer(parameter_version[row], out, _name(3, out, position))
+        position = _integer(parameter_version[row if len(parameter_version) > 1 else 0], out, _name(3, out, position))
         position = _integer(events_seen[row], out, _name(4, out, position))
         position = _name(5, out, position)
         if vector_width_bytes < 0x100:
@@ -136,7 +141,7 @@ def encode_embeddings(
         position = _name(6, out, position)
         given = 0
         for task in range(tasks):
-            given += prediction_given[row, task]
+            given += _is_given(prediction_bits[row, task])
         if given < 16:
             out[position] = np.uint8(0x80 | given)
             position += 1
@@ -144,7 +149,7 @@ def encode_embeddings(
             out[position] = 0xDE
             position = _store(np.uint64(given), 2, out, position + 1)
         for task in range(tasks):
-            if prediction_given[row, task]:
+            if _is_given(prediction_bits[row, task]):
                 name_start = name_offsets[task]
                 position = copy_bytes(names, name_start, name_offsets[task + 1] - name_start, out, position)
                 out[position] = 0xCA

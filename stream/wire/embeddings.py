@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from stream.borrowing import read_only
 from stream.store.keys import PackedKeys
 from stream.wire import checks
 from stream.wire.embedding_kernel import encode_embeddings, record_bound
@@ -39,6 +40,7 @@ _REQUIRED: Final = (
     "predictions",
 )
 _RECORD_BYTES: Final = 64 * 1024 * 1024
+_FLOAT32: Final = np.dtype("<f4")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,8 +81,8 @@ class EmbeddingEncoder:
         self._width = vector_width
         self._tasks = len(task_names)
         names = [msgspec.msgpack.encode(name) for name in task_names]
-        self._names = _fixed(np.frombuffer(b"".join(names), dtype=np.uint8), np.uint8)
-        self._name_offsets = _fixed(np.cumsum([0, *map(len, names)]), np.int64)
+        self._names = read_only(np.frombuffer(b"".join(names), dtype=np.uint8), np.uint8)
+        self._name_offsets = read_only(np.cumsum([0, *map(len, names)]), np.int64)
         self._bound = record_bound(vector_width, len(self._names), self._tasks)
 
     def encode(
@@ -106,8 +108,8 @@ class EmbeddingEncoder:
         ValueError: an array of another shape.
         """
         n = len(keys)
-        vectors = np.ascontiguousarray(vectors, dtype="<f4")
-        scores = np.ascontiguousarray(predictions, dtype=np.float32)
+        vectors = np.ascontiguousarray(vectors, _FLOAT32)
+        scores = np.ascontiguousarray(predictions, np.float32)
         for name, array, width in (("vectors", vectors, self._width), ("predictions", scores, self._tasks)):
             if array.shape != (n, width):
                 raise ValueError(f"{name} has shape {array.shape}: expected {(n, width)}")
@@ -124,16 +126,15 @@ class EmbeddingEncoder:
         out = np.empty(n * self._bound + key_bytes, dtype=np.uint8)
         starts = np.empty(n + 1, dtype=np.int64)
         encode_embeddings(
-            _fixed(keys.buffer, np.uint8),
-            _fixed(keys.offsets, np.int64),
+            read_only(keys.buffer, np.uint8),
+            read_only(keys.offsets, np.int64),
             moments,
             positions,
             versions,
             counts,
-            _fixed(vectors.reshape(-1).view(np.uint8), np.uint8),
+            read_only(vectors.reshape(-1).view(np.uint8), np.uint8),
             4 * self._width,
             scores.view(np.uint32),
-            ~np.isnan(scores),
             self._names,
             self._name_offsets,
             out,
@@ -150,18 +151,12 @@ def _as_json(record: bytes) -> bytes:
     return msgspec.json.encode(content)
 
 
-def _fixed(array: NDArray[Any], kind: type[np.generic]) -> NDArray[Any]:
-    """The same values, contiguous and read-only: one compiled kernel serves every caller."""
-    view = np.ascontiguousarray(array, dtype=kind).view()
-    view.flags.writeable = False
-    return view
-
-
 def _integers(name: str, column: ArrayLike, n: int) -> NDArray[Any]:
     array = np.asarray(column, dtype=np.int64)
     if array.shape != (n,) and not (name == "parameter_version" and array.shape == ()):
         raise ValueError(f"{name} has shape {array.shape}: expected {(n,)}")
-    return _fixed(array if array.shape else np.full(n, array), np.int64)
+    # One for all is an array of one.
+    return read_only(array)
 
 
 def decode_embedding(value: bytes) -> Embedding:

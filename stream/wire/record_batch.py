@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 from aiokafka.codec import gzip_encode, lz4_encode, snappy_encode, zstd_encode
 from numpy.typing import NDArray
 
+from stream.borrowing import read_only
 from stream.store.keys import PackedKeys
 from stream.wire.checksum import crc32c
 from stream.wire.record_batch_kernel import RECORD_OVERHEAD, write_records
@@ -92,10 +93,10 @@ class RecordBatch:
         buffer, offsets = _NO_VALUES if values is None else (values.buffer, values.offsets)
         out = np.empty(max(0, min(bytes_left, limit)), np.uint8)
         taken, written = write_records(
-            _read_only(keys.buffer),
-            _read_only(keys.offsets),
-            _read_only(buffer),
-            _read_only(offsets),
+            read_only(keys.buffer),
+            read_only(keys.offsets),
+            read_only(buffer),
+            read_only(offsets),
             values is not None,
             first,
             self.count,
@@ -129,10 +130,3 @@ class RecordBatch:
             state = int(crc32c(state, np.frombuffer(part, np.uint8), 0, len(part)))
         length = _HEADER_BYTES + len(records) - 12
         return b"".join([_HEAD.pack(0, length, -1, 2), _CRC.pack(state ^ 0xFFFFFFFF), tail, records])
-
-
-def _read_only(array: NDArray[Any]) -> NDArray[Any]:
-    """The same array, contiguous and read-only: one compiled kernel serves every caller."""
-    view = np.ascontiguousarray(array).view()
-    view.flags.writeable = False
-    return view

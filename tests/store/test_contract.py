@@ -109,6 +109,17 @@ def test_given_keys_that_differ_in_one_byte_anywhere_then_they_are_different_row
     assert len(store) == len(names)
 
 
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_given_a_position_that_no_key_has_when_keys_are_taken_then_it_is_named(wrong: int) -> None:
+    keys = PackedKeys.from_list([b"a", b"bc", b"d"])
+
+    with pytest.raises(IndexError, match=f"key {wrong} of 3"):
+        keys.take([2, wrong])
+
+    assert list(keys.take([2, 1, 1])) == [b"d", b"bc", b"bc"]
+    assert list(keys.take([])) == []
+
+
 def test_given_integers_of_the_full_range_then_each_is_its_own_key(store: EmbeddingStore) -> None:
     values = np.array([-(2**63), -1, 0, 1, 255, 256, 2**63 - 1])
 

@@ -28,6 +28,32 @@ def encode(encoder: EmbeddingEncoder, n: int, vectors: Any, predictions: Any, **
     return encoder.encode(keys, vectors=vectors, predictions=predictions, **given)
 
 
+def test_given_predictions_of_any_bits_then_all_but_nan_are_there() -> None:
+    bits = np.array([0x7F800000, 0xFF800000, 0x7F800001, 0xFFC00001, 0x7FFFFFFF, 0x80000000, 0x7F7FFFFF], np.uint32)
+    predictions = bits.view(np.float32).reshape(1, -1)
+    tasks = [f"task-{i}" for i in range(len(bits))]
+
+    record = encode(EmbeddingEncoder(0, tasks), 1, np.empty((1, 0), np.float32), predictions)[0]
+
+    largest = float(np.finfo(np.float32).max)
+    expected = {"task-0": np.inf, "task-1": -np.inf, "task-5": 0.0, "task-6": largest}
+    assert msgpack.unpackb(record)["predictions"] == expected
+
+
+def test_given_a_version_for_each_client_then_each_record_has_its_own() -> None:
+    versions = np.array([3, 1, 2])
+
+    records = encode(
+        EmbeddingEncoder(0, []),
+        3,
+        np.empty((3, 0), np.float32),
+        np.empty((3, 0), np.float32),
+        parameter_version=versions,
+    )
+
+    assert [msgpack.unpackb(record)["parameter_version"] for record in records] == [3, 1, 2]
+
+
 def test_given_two_clients_then_each_record_is_a_plain_map() -> None:
     vectors = np.array([[1.5, -2.0], [0.1, 3e38]], dtype=np.float32)
     predictions = np.array([[0.25, np.nan], [np.nan, np.nan]], dtype=np.float32)

@@ -3,17 +3,18 @@
     python -m tests.bench.latency [--seconds N] [--rate 10000] [--partitions 4] [--broker apache|embedded]
 
 Stretches on one broker with the same client settings: a worker between producer and consumer, the same while a version
-of the parameters is published every half second, a bare echo (events are produced and consumed, nothing between), a
-worker that sweeps (a fifth of the clients stays away for longer than its rows live, and all come back), and the echo
-again: its delays are those of both times. A broker compiles its code while it is new, and worker and echo are slower
-then; so the worker's first stretch, which does not count, comes before all others. Delays while a checkpoint ran are
-also told apart. The last line is JSON.
+of the parameters is published every half second, as a trainer does it (the trunk stays, a head is new), a bare echo
+(events are produced and consumed, nothing between), a worker that sweeps (a fifth of the clients stays away for longer
+than its rows live, and all come back), and the echo again: its delays are those of both times. A broker compiles its
+code while it is new, and worker and echo are slower then; so the worker's first stretch, which does not count and has
+versions as well, comes before all others. Delays while a checkpoint ran are also told apart. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 import threading
@@ -35,7 +36,7 @@ from tests.bench.support.site import Site, busy_seconds, cpu_seconds, machine, o
 from tests.bench.support.stream import Publisher, Watcher, undisturbed
 from tests.bench.support.workload import Workload
 from tests.support.processes import Livestate, http_get, wait_for
-from tests.support.trunk import publish_version
+from trainer.publisher import Publisher as VersionPublisher
 
 __all__ = ["main"]
 
@@ -44,6 +45,8 @@ _ASKED_S = 0.5
 _ENDED = re.compile(r'^livestate_checkpoint_timestamp_seconds\{partition="\d+"\} (\S+)$', re.MULTILINE)
 #: Of a worker that is new to a broker which is not: the worker's own first seconds.
 _SETTLED_S = 10.0
+#: Numbers that change with each version.
+_HEAD_INPUTS = 500
 #: Events of one client that come while a row lives, on average: e^-1.6, a fifth of the clients, have none.
 _EVENTS_A_LIFE = 1.6
 
@@ -106,24 +109,33 @@ class _Checkpoints:
 
 
 @contextmanager
-def _swapping(site: Site, stopping: threading.Event, delay_s: float, versions: list[int]) -> Iterator[None]:
-    """After `delay_s`, publish a version each half second until the end; what was published is in `versions`."""
+def _swapping(
+    site: Site, stopping: threading.Event, warm_up_s: float, pause_s: float, versions: list[int]
+) -> Iterator[None]:
+    """Publish a version each half second, in `warm_up_s` and, after `pause_s`, until the end; those of the end are in
+    `versions`."""
+    publisher = VersionPublisher(site.settings)
+    tensors = dict(site.parameters)
+    rng = np.random.default_rng(0)
 
-    def publish() -> None:
-        version = 1
-        stopping.wait(delay_s)
-        while not stopping.wait(0.5):
-            version += 1
-            publish_version(site.settings, site.parameters, version, version - 1)
-            versions.append(version)
+    def publish(into: list[int], until: float) -> None:
+        while not stopping.wait(0.5) and time.perf_counter() < until:
+            tensors["head/new/weight"] = rng.normal(0.0, 0.1, _HEAD_INPUTS)
+            into.append(publisher.publish(tensors, (), int(time.time() * 1000)).version)
 
-    thread = threading.Thread(target=publish, name="swaps")
+    def follow() -> None:
+        publish([], time.perf_counter() + warm_up_s)
+        stopping.wait(pause_s)
+        publish(versions, math.inf)
+
+    thread = threading.Thread(target=follow, name="swaps")
     thread.start()
     try:
         yield
     finally:
         stopping.set()
         thread.join(60)
+        publisher.close()
 
 
 def _offset(message: Message) -> int:
@@ -153,7 +165,7 @@ def _live(site: Site, workload: Workload, options: argparse.Namespace) -> dict[s
             undisturbed(),
             Watcher(site.settings, site.settings.topics.embeddings, _offset) as watcher,
             _Checkpoints(port) as checkpoints,
-            _swapping(site, stopping, quiet_s, versions),
+            _swapping(site, stopping, options.warm_up, options.seconds, versions),
         ):
             began, used = time.perf_counter(), _used(site, worker)
             publisher.run(stopping)

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stream.borrowing import read_only
+
 __all__ = ["Headers", "RecordBlock"]
 
 #: Kafka record headers as clients hand them out.
@@ -66,9 +68,7 @@ class RecordBlock:
                 raise ValueError(f"{name} has {len(column)} entries: expected {n}, as offsets")
         for name, kind in _KINDS.items():
             # One memory layout and no write access for all blocks: one compiled kernel serves them all.
-            array: NDArray[Any] = np.ascontiguousarray(getattr(self, name), dtype=kind).view()
-            array.flags.writeable = False
-            object.__setattr__(self, name, array)
+            object.__setattr__(self, name, read_only(getattr(self, name), kind))
 
     @classmethod
     def checked(

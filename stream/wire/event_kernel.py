@@ -258,11 +258,9 @@ def _read_fields(
     return position, extra_used
 
 
-@borrowing()
-def clear_columns(
-    accepted: Any,
-    timestamp_ms: Any,
-    modalities: Any,
+@borrowing(forceinline=True)
+def _clear_row(
+    row: Any,
     numbers: Any,
     category_start: Any,
     category_length: Any,
@@ -270,16 +268,23 @@ def clear_columns(
     item_start: Any,
     item_count: Any,
 ) -> Any:
-    """Make new columns those of records that are not accepted."""
-    accepted[:] = False
-    timestamp_ms[:] = 0
-    modalities[:] = -1
-    numbers[:] = np.nan
-    category_start[:] = 0
-    category_length[:] = -1
-    category_hash[:] = 0
-    item_start[:] = 0
-    item_count[:] = -1
+    """No field of this record is there."""
+    numbers[row, :] = np.nan
+    category_start[row, :] = 0
+    category_length[row, :] = -1
+    category_hash[row, :] = 0
+    item_start[row, :] = 0
+    item_count[row, :] = -1
+
+
+@borrowing()
+def clear_columns(accepted: Any, timestamp_ms: Any, modalities: Any, *fields: Any) -> Any:
+    """Make new columns those of records that are not accepted; `fields` are the last arrays of `_clear_row`."""
+    for row in range(len(accepted)):
+        accepted[row] = False
+        timestamp_ms[row] = 0
+        modalities[row] = -1
+        _clear_row(row, *fields)
 
 
 @borrowing()
@@ -491,12 +496,7 @@ def decode_regular(
         else:
             extra_used = extra_before
             item_used[0] = items_before
-            item_start[row, :] = 0
-            item_count[row, :] = -1
-            numbers[row, :] = np.nan
-            category_start[row, :] = 0
-            category_length[row, :] = -1
-            category_hash[row, :] = 0
+            _clear_row(row, numbers, category_start, category_length, category_hash, item_start, item_count)
     return found, extra_used, item_used[0]
 
 

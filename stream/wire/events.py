@@ -44,7 +44,7 @@ from stream.wire.schema import Schema
 
 __all__ = ["EventColumns", "EventDecoder", "FieldValue", "Rejected", "encode_event", "encode_event_json"]
 
-#: Of fields of items, where none are declared; and of records not to be looked at, where all are.
+#: The items of a block where no field is of items, and the records to pass over where there are none.
 _NO_ITEMS = np.empty(0, np.uint64), np.empty(0, np.int32)
 _NOT_PASSED_OVER = np.empty(0, np.bool_)
 
